@@ -1,0 +1,206 @@
+"""The networks of Video JEPA: a ViT encoder with 3-D rotary attention, and its predictor.
+
+Shapes used in every file
+    B           clips in a batch
+    (t, h, w)   token grid: frames / tubelet, height / patch, width / patch
+    N = t*h*w   tokens of a clip in raster order, time slowest; token id = (time*h + row)*w + column
+    n, k        visible and masked tokens of one mask
+    D           encoder width; an encoder gives LEVELS = 4 levels side by side, hence 4D channels
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+LEVELS = 4  # outputs of four evenly spaced blocks
+ROTARY_SPAN = 16  # every crop's rows and columns are stretched over the positions 0..15
+
+
+class Size(NamedTuple):
+    width: int
+    depth: int
+    heads: int
+    predictor_width: int = 256
+    predictor_depth: int = 8
+    predictor_heads: int = 8
+
+
+SIZES = {
+    "tiny": Size(128, 4, 4, predictor_width=64, predictor_depth=2, predictor_heads=4),  # for two CPU cores
+    "vit_small": Size(384, 12, 6),
+    "vit_base": Size(768, 12, 12),  # the paper's: 86,241,792 + 10,455,040 parameters
+    "vit_large": Size(1024, 24, 16),
+}
+
+
+def token_grid(frames, height, width, patch, tubelet):
+    """The grid (t, h, w) of a clip of these sizes (frames, pixels, pixels).
+
+    Raises ValueError where the tubelet does not divide the frames, or the patch the height or width.
+    """
+    if frames % tubelet:
+        raise ValueError(f"{frames} frames do not divide into tubelets of {tubelet}; choose a multiple of {tubelet}")
+    if height % patch or width % patch:
+        raise ValueError(f"a {height}x{width} crop does not divide into {patch}x{patch} patches; "
+                         f"choose multiples of {patch}")
+    return frames // tubelet, height // patch, width // patch
+
+
+def take(features, tokens):
+    """features [B, N, C] at token ids [B, n] -> [B, n, C]."""
+    return features.take_along_dim(tokens.unsqueeze(-1), dim=1)
+
+
+def level_normalise(features):
+    """Layer-normalise each of the four levels on its own, without learned scale: [B, n, 4D] -> [B, n, 4D]."""
+    levels = features.unflatten(-1, (LEVELS, -1))  # (B, n, 4, D)
+    return F.layer_norm(levels, levels.shape[-1:]).flatten(-2)  # (B, n, 4D)
+
+
+class Rotary(nn.Module):
+    """3-D rotary position embedding: the angles by which attention turns queries and keys.
+
+    Time, row and column each turn 2 * ((head_dim // 3) // 2) channels of every head, in this order; leftover
+    channels have frequency zero and stay. A pair of neighbouring channels (2j, 2j+1) of an axis with m pairs turns
+    by position * 10000^(-j/m), so that a query-key product depends on the distance between tokens only.
+    """
+
+    def __init__(self, head_dim):
+        super().__init__()
+        pairs = (head_dim // 3) // 2
+        frequencies = torch.zeros(3, head_dim // 2)
+        for axis in range(3):
+            frequencies[axis, axis * pairs:(axis + 1) * pairs] = 10000 ** (-torch.arange(pairs) / pairs)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, tokens, grid):
+        """Token ids [B, n] of a grid (t, h, w) -> cosine and sine of the angles, each [B, 1, n, head_dim / 2]."""
+        _, h, w = grid
+        time, row, column = tokens // (h * w), tokens // w % h, tokens % w  # (B, n) each
+        # Rows and columns span the same 16x16 range at every crop size; time counts raw steps.
+        row = row * ((ROTARY_SPAN - 1) / max(h - 1, 1))
+        column = column * ((ROTARY_SPAN - 1) / max(w - 1, 1))
+        position = torch.stack((time.to(row.dtype), row, column), dim=-1)  # (B, n, 3)
+        # A sum, not a matrix product: autocast would round the positions of a product to bfloat16.
+        angles = (position.unsqueeze(-1) * self.frequencies).sum(-2)  # (B, n, head_dim / 2)
+        return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+
+
+def rotate(x, cos, sin):
+    """Turn each pair of neighbouring channels of x [B, heads, n, head_dim] by its token's angle."""
+    even, odd = x[..., 0::2], x[..., 1::2]  # (B, heads, n, head_dim / 2)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, cos, sin):
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, n, 3, heads, head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, n, head_dim) each
+        x = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, n, width)
+
+
+class MLP(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width)
+
+    def forward(self, x, cos, sin):
+        x = x + self.attn(self.norm1(x), cos, sin)
+        return x + self.mlp(self.norm2(x))  # (B, n, width)
+
+
+def initialise(network):
+    """Truncated normal weights (std 0.02), zero biases; what block i (from 1) adds shrinks by sqrt(2i)."""
+    for module in network.modules():
+        if isinstance(module, (nn.Linear, nn.Conv3d)):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+    with torch.no_grad():
+        for i, block in enumerate(network.blocks, start=1):
+            block.attn.proj.weight /= (2 * i) ** 0.5
+            block.mlp.fc2.weight /= (2 * i) ** 0.5
+
+
+class Encoder(nn.Module):
+    """Video ViT: tubelet embedding, optional masking, transformer blocks, four normalised levels.
+
+    No class token, no registers, no absolute positions (METHOD.md section 2).
+    """
+
+    def __init__(self, size, patch, tubelet):
+        super().__init__()
+        self.patch, self.tubelet = patch, tubelet
+        self.embed = nn.Conv3d(3, size.width, (tubelet, patch, patch), stride=(tubelet, patch, patch))
+        self.video = nn.Parameter(1e-6 * torch.randn(1, 1, size.width))
+        self.rotary = Rotary(size.width // size.heads)
+        self.blocks = nn.ModuleList(Block(size.width, size.heads) for _ in range(size.depth))
+        self.levels = [(level + 1) * size.depth // LEVELS - 1 for level in range(LEVELS)]  # depth 12: 2, 5, 8, 11
+        self.norms = nn.ModuleList(nn.LayerNorm(size.width, eps=1e-6) for _ in range(LEVELS))
+        initialise(self)
+
+    def forward(self, clips, visible=None):
+        """clips [B, 3, T, H, W], normalised; visible: token ids [B, n], None for all -> features [B, n, 4D]."""
+        grid = token_grid(*clips.shape[2:], self.patch, self.tubelet)
+        x = self.embed(clips).flatten(2).transpose(1, 2) + self.video  # (B, N, D)
+        tokens = torch.arange(x.shape[1], device=x.device).unsqueeze(0)  # (1, N)
+        if visible is not None:
+            x, tokens = take(x, visible), visible  # (B, n, D), (B, n)
+        cos, sin = self.rotary(tokens, grid)
+        features = []
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin)
+            if i in self.levels:
+                features.append(self.norms[len(features)](x))
+        return torch.cat(features, dim=-1)  # (B, n, 4D)
+
+
+class Predictor(nn.Module):
+    """Predicts target features at masked positions from the visible tokens; also at the visible ones themselves."""
+
+    def __init__(self, size):
+        super().__init__()
+        channels, width = LEVELS * size.width, size.predictor_width
+        self.embed = nn.Sequential(nn.Linear(channels, size.width), nn.GELU(), nn.Linear(size.width, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.video = nn.Parameter(1e-6 * torch.randn(1, 1, width))
+        self.rotary = Rotary(width // size.predictor_heads)
+        self.blocks = nn.ModuleList(Block(width, size.predictor_heads) for _ in range(size.predictor_depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.to_masked = nn.Linear(width, channels)
+        self.to_visible = nn.Linear(width, channels)
+        initialise(self)
+
+    def forward(self, z, visible, masked, grid):
+        """z [B, n, 4D] at token ids visible [B, n]; masked [B, k] -> p [B, k, 4D] and c [B, n, 4D]."""
+        context = self.embed(z)  # (B, n, width)
+        queries = self.mask_token.expand(*masked.shape, -1)  # (B, k, width)
+        x = torch.cat((context, queries), dim=1) + self.video  # (B, n + k, width)
+        # The order of tokens carries no meaning: each brings its own position.
+        cos, sin = self.rotary(torch.cat((visible, masked), dim=1), grid)
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        context, queries = self.norm(x).split((visible.shape[1], masked.shape[1]), dim=1)
+        return self.to_masked(queries), self.to_visible(context)

@@ -1,0 +1,556 @@
+"""What Video JEPA is trained on: masks, the core loss, every auxiliary term, and the table of named objectives.
+
+A term is a function of one `Record` (one batch after the forward passes) to a scalar. It knows nothing of training.
+To add an objective, write one function and one line of `OBJECTIVES`.
+
+Notation of the equations: Z is z at a visible token and Z+ is z one time step later at the same row and column; H and
+H+ are the detached targets at the same two places. A "pair" is a visible token whose next one is visible too. |.| is
+the absolute value, averaged over channels. Shapes are named in model.py.
+"""
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_with_gradient
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from model import LEVELS, take
+
+# ---------------------------------------------------------------------------------------------------------- masks
+
+
+class MaskKind(NamedTuple):
+    """One way to hide blocks. `scale` is the share of the frame that a block covers; it spans all of the time."""
+    blocks: int
+    scale: float
+
+
+SHORT_RANGE, LONG_RANGE = MaskKind(8, 0.15), MaskKind(2, 0.70)
+ASPECT_RATIOS = (0.75, 1.5)
+MAX_REDRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How an objective draws its two masks (METHOD.md section 3).
+
+    motion_strength s: blocks fall where things move, with probability proportional to (mean motion under block)^s;
+    uniform_share r: the share of blocks placed uniformly all the same; first_steps: only the first share of the time
+    steps may be visible, and all the rest is predicted (future-predictive).
+    """
+    motion_strength: float = 0.0
+    uniform_share: float = 0.0
+    first_steps: float = 1.0
+
+    @property
+    def kinds(self):
+        return (SHORT_RANGE, LONG_RANGE) if self.first_steps == 1.0 else (SHORT_RANGE._replace(blocks=4),
+                                                                          LONG_RANGE._replace(blocks=1))
+
+
+def motion_map(clips, grid):
+    """How much each grid cell moves: normalised clips [B, 3, T, H, W] -> [B, t, h, w], each clip's maximum 1.
+
+    The absolute difference between neighbouring frames, averaged over colours (the first frame repeats the first
+    difference) and resized trilinearly to the grid. A clip that stands still gives zeros.
+    """
+    difference = (clips[:, :, 1:] - clips[:, :, :-1]).abs().mean(1, keepdim=True)  # (B, 1, T-1, H, W)
+    difference = torch.cat((difference[:, :, :1], difference), dim=2)  # (B, 1, T, H, W)
+    motion = F.interpolate(difference, size=grid, mode="trilinear").squeeze(1)  # (B, t, h, w)
+    largest = motion.amax((1, 2, 3), keepdim=True)
+    return torch.where(largest > 0, motion / largest, 0.0)
+
+
+def block_size(kind, grid, generator):
+    """Draw the height and width (rows, columns) of a block: the kind's share of the frame, at a random aspect."""
+    _, h, w = grid
+    low, high = ASPECT_RATIOS
+    aspect = low + (high - low) * torch.rand((), generator=generator).item()
+    cells = int(h * w * kind.scale)
+    return (min(h, max(1, round(math.sqrt(cells * aspect)))),
+            min(w, max(1, round(math.sqrt(cells / aspect)))))
+
+
+def draw_mask(kind, size, grid, masking, motion, generator):
+    """One clip's mask: bool [t, h, w], True where masked. motion: [t, h, w], or None for uniform placement."""
+    t, h, w = grid
+    rows, columns = size
+    corners = (h - rows + 1, w - columns + 1)
+    weights = None
+    if motion is not None:
+        # Blocks span all of the time, so the mean under a block is the mean over time of a sliding window.
+        mean_under_block = F.avg_pool2d(motion.mean(0, keepdim=True), size, stride=1).flatten()
+        weights = mean_under_block ** masking.motion_strength
+        if not weights.sum() > 0:  # nothing moves in this clip
+            weights = None
+    masked = torch.zeros(grid, dtype=torch.bool)
+    for _ in range(kind.blocks):
+        uniform = weights is None or torch.rand((), generator=generator).item() < masking.uniform_share
+        if uniform:
+            corner = torch.randint(corners[0] * corners[1], (), generator=generator).item()
+        else:
+            corner = torch.multinomial(weights, 1, generator=generator).item()
+        top, left = divmod(corner, corners[1])
+        masked[:, top:top + rows, left:left + columns] = True
+    masked[max(1, int(masking.first_steps * t)):] |= masking.first_steps < 1.0
+    return masked
+
+
+def sample_masks(batch, grid, masking, generator, motion=None):
+    """Draw both masks of a batch: a list of (visible [B, n], masked [B, k]), sorted token ids.
+
+    One block size per mask for the whole batch, positions per clip. A clip with nothing left to see is drawn again;
+    then all clips are cut to the batch's smallest counts, dropping the last tokens of the raster order.
+    Raises ValueError where the grid is too small for the blocks.
+    """
+    masks = []
+    for kind in masking.kinds:
+        size = block_size(kind, grid, generator)
+        clips = []
+        for i in range(batch):
+            for _ in range(MAX_REDRAWS):
+                mask = draw_mask(kind, size, grid, masking, None if motion is None else motion[i], generator).flatten()
+                if not mask.all():
+                    break
+            else:
+                raise ValueError(f"no mask of {kind.blocks} blocks of {size[0]}x{size[1]} tokens leaves anything visible "
+                                 f"on a token grid of {grid}; use a larger crop or smaller patches")
+            clips.append(mask)
+        mask = torch.stack(clips)  # (B, N)
+        least_visible, least_masked = int((~mask).sum(1).min()), int(mask.sum(1).min())
+        visible = torch.stack([(~clip).nonzero()[:least_visible, 0] for clip in mask])  # (B, n)
+        masked = torch.stack([clip.nonzero()[:least_masked, 0] for clip in mask])  # (B, k)
+        masks.append((visible, masked))
+    return masks
+
+
+# --------------------------------------------------------------------------------------------------------- record
+
+
+class View(NamedTuple):
+    """One mask of a batch, and what the networks made of it."""
+    visible: torch.Tensor  # [B, n] token ids
+    masked: torch.Tensor  # [B, k] token ids
+    z: torch.Tensor  # [B, n, 4D] encoder features of the visible tokens
+    p: torch.Tensor  # [B, k, 4D] predictions at masked tokens
+    c: torch.Tensor  # [B, n, 4D] predictions at visible tokens
+
+
+class Record(NamedTuple):
+    """A batch after the forward passes: all that a term may look at."""
+    clips: torch.Tensor  # [B, 3, T, H, W], normalised
+    grid: tuple  # (t, h, w)
+    h: torch.Tensor  # [B, N, 4D] level-normalised targets
+    views: list  # one View per mask
+
+
+def mean_over_ranks(value):
+    """Average over the processes of a distributed run, with gradient; the value itself in a run of one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    return dist_with_gradient.all_reduce(value) / dist.get_world_size()
+
+
+def mean_over_views(record, errors):
+    """Average over masks of the mean error at a mask's valid positions; a mask without any is left out.
+
+    errors(view) -> (error, valid), both [B, n]. Each mean divides by the count that all ranks hold on average, so
+    that averaging gradients over ranks gives the gradient of the whole batch.
+    """
+    total, used = 0.0, 0.0
+    for view in record.views:
+        error, valid = errors(view)
+        count = mean_over_ranks(valid.sum().to(error.dtype))
+        total = total + (error * valid).sum() / count.clamp(min=1e-6)
+        used = used + (count > 0)
+    return total / used.clamp(min=1)
+
+
+def next_step(visible, grid):
+    """Where each visible token's next time step stands among the visible: (index [B, n], found [B, n]).
+
+    Where `found` is False the next step is masked or past the end, and the index points at some other token.
+    """
+    wanted = visible + grid[1] * grid[2]
+    index = torch.searchsorted(visible, wanted).clamp(max=visible.shape[1] - 1)
+    return index, visible.gather(1, index) == wanted
+
+
+def change(record, view):
+    """Z+ - Z and H+ - H at a view's visible tokens, each [B, n, 4D], and which of them are pairs [B, n]."""
+    index, found = next_step(view.visible, record.grid)
+    last = record.h.shape[1] - 1
+    h = record.h.detach()
+    h_change = take(h, (view.visible + record.grid[1] * record.grid[2]).clamp(max=last)) - take(h, view.visible)
+    return take(view.z, index) - view.z, h_change, found
+
+
+def dynamics_channels(z, ratio=0.5):
+    """The channels after the appearance ones: z [B, n, 4D] -> [B, n, 4D - int(ratio * 4D)].
+
+    The cut runs through the four levels side by side: at ratio 0.5 appearance is the two shallow levels and dynamics
+    the two deep ones. It separates depths, not channels of one depth.
+    """
+    return z[..., int(ratio * z.shape[-1]):]
+
+
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def at_all(view):
+    return torch.ones_like(view.visible, dtype=torch.bool)
+
+
+# ------------------------------------------------------------------------------------------------------ core loss
+
+
+def prediction(record):
+    """L_pred = mean over masks of mean |p - h[masked]|."""
+    return sum((view.p - take(record.h, view.masked)).abs().mean() for view in record.views) / len(record.views)
+
+
+def distance_to_masked(visible, masked, grid):
+    """Distance in grid units from each visible token [B, n] to the clip's nearest masked one [B, k]: [B, n]."""
+    def position(tokens):
+        _, h, w = grid
+        return torch.stack((tokens // (h * w), tokens // w % h, tokens % w), dim=-1).float()
+    # The matrix-product shortcut of cdist would round the squares of small whole numbers.
+    return torch.cdist(position(visible), position(masked), compute_mode="donot_use_mm_for_euclid_dist").amin(-1)
+
+
+def context(record):
+    """L_ctx = mean over masks of mean(|c - h[visible]| / sqrt(distance to the nearest masked token))."""
+    total = 0.0
+    for view in record.views:
+        distance = distance_to_masked(view.visible, view.masked, record.grid)  # (B, n)
+        error = (view.c - take(record.h, view.visible)).abs().mean(-1)  # (B, n)
+        total = total + (error / distance.sqrt()).mean()
+    return total / len(record.views)
+
+
+# ------------------------------------------------------------------------------------------------ auxiliary terms
+
+
+def hw(record, temperature=1.0):
+    """Hard-region weighting: mean(w e), e = |p - h[masked]|, w = k softmax(e / temperature) over a clip's masked tokens.
+
+    No gradient runs through w. With e of order 1 and temperature 1 the weights stay close to uniform.
+    """
+    total = 0.0
+    for view in record.views:
+        error = (view.p - take(record.h, view.masked)).abs().mean(-1)  # (B, k)
+        weight = error.shape[1] * torch.softmax(error.detach() / temperature, dim=1)
+        total = total + (weight * error).mean()
+    return total / len(record.views)
+
+
+def delta(record):
+    """Change matching: mean |(Z+ - Z) - (H+ - H)| over pairs."""
+    def errors(view):
+        z_change, h_change, pairs = change(record, view)
+        return (z_change - h_change).abs().mean(-1), pairs
+    return mean_over_views(record, errors)
+
+
+def ld(record, head, dynamics_only=False, hard=False, temperature=1.0, as_released=False):
+    """Latent dynamics: mean |d(Z) - (H+ - H)| over pairs, d a small head.
+
+    dynamics_only: d sees the dynamics channels only (with fwm). hard: each pair weighs
+    w = n_pairs softmax(error / temperature) over all pairs of the batch, no gradient through w (with hw; each rank
+    of a distributed run takes its own softmax). as_released: the released code formed that weighted mean in a
+    no-gradient block, so the term trains nothing (METHOD.md section 9, point 1).
+    """
+    def errors(view):
+        _, h_change, pairs = change(record, view)
+        seen = dynamics_channels(view.z) if dynamics_only else view.z
+        error = (head(seen) - h_change).abs().mean(-1)  # (B, n)
+        if hard:
+            score = (error.detach() / temperature).masked_fill(~pairs, torch.finfo(error.dtype).min)
+            error = error * pairs.sum() * torch.softmax(score.flatten(), dim=0).view_as(score)
+            if as_released:
+                error = error.detach()
+        return error, pairs
+    return mean_over_views(record, errors)
+
+
+def fwm_static(record, ratio=0.5):
+    """Factorised world model, appearance stands still: mean |A+ - A| over pairs, A the first int(ratio 4D) channels."""
+    def errors(view):
+        z_change, _, pairs = change(record, view)
+        return z_change[..., :int(ratio * z_change.shape[-1])].abs().mean(-1), pairs
+    return mean_over_views(record, errors)
+
+
+def fwm_orth(record, ratio=0.5):
+    """Factorised world model, appearance and dynamics are uncorrelated: mean(C^2), C = A^T Dyn / (n - 1).
+
+    A and Dyn are centred over all visible tokens of the batch; float32. Each rank of a distributed run takes its own C.
+    """
+    total = 0.0
+    for view in record.views:
+        with torch.autocast(view.z.device.type, enabled=False):
+            z = at_least_float32(view.z).flatten(0, 1)  # (B*n, 4D)
+            z = z - z.mean(0)
+            split = int(ratio * z.shape[-1])
+            covariance = z[:, :split].T @ z[:, split:] / (len(z) - 1)
+            total = total + covariance.square().mean()
+    return total / len(record.views)
+
+
+def spectral(record):
+    """Temporal spectrum: mean |w (FFT(Z) - FFT(H))| at positions visible at every one of t >= 4 time steps.
+
+    Real FFT over time; w rises linearly from 0.1 at the constant frequency to 1.0; |.| is the complex magnitude.
+    """
+    t, h, w = record.grid
+
+    def errors(view):
+        everywhere = torch.arange(t * h * w, device=view.visible.device).expand(len(view.visible), -1).contiguous()
+        index = torch.searchsorted(view.visible, everywhere).clamp(max=view.visible.shape[1] - 1)  # (B, N)
+        found = (view.visible.gather(1, index) == everywhere).view(-1, t, h * w).all(1)  # (B, h*w)
+        difference = take(at_least_float32(view.z - take(record.h.detach(), view.visible)), index)  # (B, N, 4D)
+        spectrum = torch.fft.rfft(difference.unflatten(1, (t, h * w)), dim=1)  # (B, t//2+1, h*w, 4D)
+        weight = torch.linspace(0.1, 1.0, spectrum.shape[1], device=spectrum.device, dtype=difference.dtype)
+        magnitude = weight.view(1, -1, 1, 1) * spectrum.abs()
+        return magnitude.mean((1, 3)), found & (t >= 4)
+    return mean_over_views(record, errors)
+
+
+def ltc(record, margin=0.5):
+    """Latent temporal contrast: mean max(0, margin - cos(Z, H) + cos(Z, H+)) over pairs."""
+    def errors(view):
+        _, h_change, pairs = change(record, view)
+        now = take(record.h.detach(), view.visible)  # (B, n, 4D)
+        here, later = F.cosine_similarity(view.z, now, dim=-1), F.cosine_similarity(view.z, now + h_change, dim=-1)
+        return (margin - here + later).clamp(min=0), pairs
+    return mean_over_views(record, errors)
+
+
+def ac(record, head, dynamics_only=False):
+    """Action-conditioned: mean |a(Z) - (rgb+ - rgb)| over pairs, rgb the mean colour of a token in the input clip.
+
+    dynamics_only: a sees the dynamics channels only (with fwm; the study's "fac").
+    """
+    t, h, w = record.grid
+    _, _, frames, height, width = record.clips.shape
+    cell = (frames // t, height // h, width // w)
+    rgb = F.avg_pool3d(record.clips, cell).flatten(2).transpose(1, 2)  # (B, N, 3)
+
+    def errors(view):
+        _, found = next_step(view.visible, record.grid)
+        later = (view.visible + h * w).clamp(max=t * h * w - 1)
+        target = take(rgb, later) - take(rgb, view.visible)  # (B, n, 3)
+        seen = dynamics_channels(view.z) if dynamics_only else view.z
+        return (head(seen) - target).abs().mean(-1), found
+    return mean_over_views(record, errors)
+
+
+def kinematic(record, order=1, huber=False, split=1.0):
+    """Smooth targets: mean |H+ - H| over the full grid, here with gradient: the target side is what it trains.
+
+    order 2: mean |H[t+1] - 2 H[t] + H[t-1]| (order 1 where there are fewer than 3 steps). huber: Huber(H+ - H, 0) with
+    delta 0.1. split: only the first int(split 4D) channels.
+    """
+    t, h, w = record.grid
+    channels = int(split * record.h.shape[-1])
+    steps = record.h.unflatten(1, (t, h * w))[..., :channels]  # (B, t, h*w, channels)
+    difference = steps.diff(n=order if t >= 3 else 1, dim=1)
+    if huber:
+        return F.huber_loss(difference, torch.zeros_like(difference), delta=0.1)
+    return difference.abs().mean()
+
+
+def epps_pulley(sample, directions):
+    """How far from standard normal the projections of a sample [n, C] on unit directions [C, m] are.
+
+    Mean over directions of n * integral over [-3, 3] of phi(t) ((mean cos(t s) - phi(t))^2 + (mean sin(t s))^2) dt,
+    phi(t) = exp(-t^2 / 2), by the trapezoid rule on 17 nodes of [0, 3], doubled (LeJEPA, arXiv 2511.08544).
+    """
+    nodes = torch.linspace(0, 3, 17, device=sample.device, dtype=sample.dtype)
+    phi = torch.exp(-nodes ** 2 / 2)  # (17,)
+    angles = (sample @ directions).unsqueeze(-1) * nodes  # (n, m, 17)
+    cos, sin = mean_over_ranks(torch.stack((angles.cos().mean(0), angles.sin().mean(0))))  # (m, 17) each
+    integrand = phi * ((cos - phi).square() + sin.square())
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return (len(sample) * ranks * 2 * torch.trapezoid(integrand, nodes, dim=-1)).mean()
+
+
+def sigreg(record, directions=1024, chunk=64):
+    """Sketched isotropic Gaussian regularisation: `epps_pulley` of all visible tokens of both masks.
+
+    Random unit directions, fresh every step and equal on all ranks. They go through in chunks that the backward pass
+    computes again, so that memory does not grow with their number.
+    """
+    with torch.autocast(record.h.device.type, enabled=False):
+        sample = at_least_float32(torch.cat([view.z.flatten(0, 1) for view in record.views]))  # (n, 4D)
+        unit = F.normalize(torch.randn(sample.shape[1], directions, device=sample.device, dtype=sample.dtype), dim=0)
+        parts = [checkpoint(epps_pulley, sample, part, use_reentrant=False) * part.shape[1]
+                 for part in unit.split(chunk, dim=1)]
+        return sum(parts) / directions
+
+
+def hamiltonian(record, head, dt=0.1):
+    """Hamiltonian flow: mean |q' - q of H+| + mean |p' - p of H+| over pairs, from one step of symplectic Euler.
+
+    Z = (q, p) in halves, E an energy network: q' = q + dt dE/dp(q, p), then p' = p - dt dE/dq(q', p). The gradient runs
+    through both inner derivatives.
+    """
+    def energy(q, p):
+        return head(torch.cat((q, p), dim=-1)).sum()
+
+    def errors(view):
+        q, p = view.z.chunk(2, dim=-1)  # (B, n, 2D) each
+        index, pairs = next_step(view.visible, record.grid)
+        later = (view.visible + record.grid[1] * record.grid[2]).clamp(max=record.h.shape[1] - 1)
+        q_target, p_target = take(record.h.detach(), later).chunk(2, dim=-1)
+        q = q + dt * torch.func.grad(energy, argnums=1)(q, p)
+        p = p - dt * torch.func.grad(energy, argnums=0)(q, p)
+        return (q - q_target).abs().mean(-1) + (p - p_target).abs().mean(-1), pairs
+    return mean_over_views(record, errors)
+
+
+def velgate(record, percentile=0.5):
+    """Velocity gate, what moves slowly stands still: mean of gate |Z+ - Z| over pairs.
+
+    gate = 1 where v = ||H+ - H|| is at most its quantile among the cells of that clip and time step.
+    """
+    t, h, w = record.grid
+    steps = at_least_float32(record.h.detach()).unflatten(1, (t, h * w))
+    v = steps.diff(dim=1).norm(dim=-1)  # (B, t-1, h*w)
+    gate = (v <= v.quantile(percentile, dim=-1, keepdim=True)).flatten(1)  # (B, (t-1)*h*w)
+
+    def errors(view):
+        z_change, _, pairs = change(record, view)
+        slow = gate.gather(1, view.visible.clamp(max=gate.shape[1] - 1))  # the last time step holds no pair
+        return z_change.abs().mean(-1) * slow, pairs
+    return mean_over_views(record, errors)
+
+
+TERMS = {term.__name__: term for term in (hw, delta, ld, fwm_static, fwm_orth, spectral, ltc, ac, kinematic, sigreg,
+                                          hamiltonian, velgate)}
+
+# --------------------------------------------------------------------------------------------- the named objectives
+
+
+@dataclass(frozen=True)
+class Term:
+    """One auxiliary term of an objective: its coefficient, and options of its function."""
+    coefficient: float
+    options: dict = field(default_factory=dict)
+    anneal: bool = False  # the coefficient falls to zero by a half cosine over the run
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One line of the study: what is added to the core loss, how masks are drawn, where targets come from."""
+    regime: str  # the study's training data: "mixed", "ucf101" or "both"
+    about: str
+    terms: dict = field(default_factory=dict)
+    masking: Masking = Masking()
+    ema: bool = True  # False: targets come from the encoder itself, with gradient
+    released: bool = False  # behaves as the released code does
+
+    @property
+    def evaluated(self):
+        """The encoder to evaluate. The released code loads the target even where, without EMA, nothing updates it."""
+        return "target" if self.ema or self.released else "encoder"
+
+
+def as_released(objective):
+    """The same objective with the two departures of the released code (METHOD.md section 9, points 1 and 2)."""
+    terms = {name: Term(term.coefficient, {**term.options, "as_released": True}, term.anneal)
+             if term.options.get("hard") else term for name, term in objective.terms.items()}
+    return Objective(objective.regime, objective.about, terms, objective.masking, objective.ema, released=True)
+
+
+FWM = {"fwm_static": Term(0.05), "fwm_orth": Term(0.01)}
+GUIDED = Masking(motion_strength=2.0, uniform_share=0.1)
+STRONGLY_GUIDED = Masking(motion_strength=5.0, uniform_share=0.0)
+
+OBJECTIVES = {
+    "baseline": Objective("both", "the core loss alone"),
+    "motion_guided": Objective("both", "masks fall where things move", masking=GUIDED),
+    "amg": Objective("mixed", "masks fall almost only where things move most", masking=STRONGLY_GUIDED),
+    "hw": Objective("mixed", "badly predicted tokens count more", {"hw": Term(0.3)}),
+    "delta": Objective("mixed", "features change over time as targets do", {"delta": Term(0.5)}),
+    "combo": Objective("mixed", "delta + hw + amg", {"delta": Term(0.5), "hw": Term(0.3)}, STRONGLY_GUIDED),
+    "fwm": Objective("mixed", "shallow levels stand still and are uncorrelated with deep ones", FWM),
+    "ld": Objective("mixed", "a head predicts how targets change", {"ld": Term(1.0)}),
+    "fwm_ld": Objective("mixed", "fwm + ld from the deep levels", {**FWM, "ld": Term(1.0, {"dynamics_only": True})}),
+    "hw_ld": Objective("mixed", "hw + ld, both weighted by error", {"hw": Term(1.0), "ld": Term(1.0, {"hard": True})}),
+    "fwm_hw_ld": Objective("mixed", "fwm + hw + ld: the study's headline method", {
+        **FWM, "hw": Term(1.0), "ld": Term(1.0, {"dynamics_only": True, "hard": True})}),
+    "spectral": Objective("mixed", "the temporal spectrum of features is that of targets", {"spectral": Term(1.0)}),
+    "ltc": Objective("mixed", "features resemble their own time step more than the next", {"ltc": Term(0.5)}),
+    "ac": Objective("mixed", "a head predicts how colours change", {"ac": Term(1.0)}),
+    "ac_hw": Objective("mixed", "ac + hw", {"ac": Term(1.0), "hw": Term(0.3)}),
+    "fac": Objective("mixed", "fwm + ac from the deep levels", {**FWM, "ac": Term(1.0, {"dynamics_only": True})}),
+    "kinematic": Objective("ucf101", "targets change little, no EMA", {"kinematic": Term(1.0)}, ema=False),
+    "kinematic_0_1": Objective("ucf101", "kinematic at a tenth", {"kinematic": Term(0.1)}, ema=False),
+    "kinematic_huber": Objective("ucf101", "kinematic by a Huber loss",
+                                 {"kinematic": Term(0.1, {"huber": True})}, ema=False),
+    "kinematic_accel": Objective("ucf101", "targets accelerate little, no EMA",
+                                 {"kinematic": Term(0.1, {"order": 2})}, ema=False),
+    "kinematic_split": Objective("ucf101", "shallow targets accelerate little, no EMA",
+                                 {"kinematic": Term(0.1, {"order": 2, "split": 0.5})}, ema=False),
+    "kinematic_anneal": Objective("ucf101", "kinematic_accel, fading out over the run",
+                                  {"kinematic": Term(0.1, {"order": 2}, anneal=True)}, ema=False),
+    "sigreg": Objective("ucf101", "features follow an isotropic Gaussian", {"sigreg": Term(1.0)}),
+    "sigreg_no_ema": Objective("ucf101", "sigreg, no EMA", {"sigreg": Term(1.0)}, ema=False),
+    "hamiltonian": Objective("ucf101", "an energy network moves features in time", {"hamiltonian": Term(1.0)}),
+    "velgate": Objective("ucf101", "features of slow cells stand still", {"velgate": Term(1.0)}),
+    "future_predictive": Objective("ucf101", "only the first half of the time is visible",
+                                   masking=Masking(first_steps=0.5)),
+    "motion_future": Objective("ucf101", "future_predictive with masks where things move",
+                               masking=Masking(motion_strength=2.0, uniform_share=0.1, first_steps=0.5)),
+}
+
+
+def mlp(*widths):
+    layers = [nn.Linear(widths[0], widths[1])]
+    for wide, narrow in zip(widths[1:], widths[2:]):
+        layers += [nn.GELU(), nn.Linear(wide, narrow)]
+    return nn.Sequential(*layers)
+
+
+def make_heads(objective, width):
+    """The small networks that an objective's terms train along: a ModuleDict by term name. width: D."""
+    channels = LEVELS * width
+    heads = nn.ModuleDict()
+    for name, term in objective.terms.items():
+        seen = channels - int(0.5 * channels) if term.options.get("dynamics_only") else channels
+        if name == "ld":
+            heads[name] = mlp(seen, 256, channels)
+        elif name == "ac":
+            heads[name] = mlp(seen, 256, 3)
+        elif name == "hamiltonian":
+            heads[name] = mlp(channels, 256, 256, 1)
+    return heads
+
+
+EPOCHS = 100  # the study's run is 100 epochs of 300 steps; a run of any length has 100 epochs here
+
+
+def coefficients(objective, step, steps):
+    """What each loss counts for at a step (from 0) of a run of so many steps: a dict by loss name.
+
+    The context loss counts nothing for the first half of the run, then rises linearly to 0.5 at its end.
+    """
+    anneal = 0.5 * (1 + math.cos(math.pi * (EPOCHS * step // steps) / EPOCHS))
+    return {"pred": 1.0, "ctx": 0.5 * min(1.0, max(0.0, 2 * step / steps - 1)),
+            **{name: term.coefficient * (anneal if term.anneal else 1.0) for name, term in objective.terms.items()}}
+
+
+def losses(record, objective, heads, weights):
+    """Every loss of an objective by name, unweighted, and last their weighted sum, "total"."""
+    values = {"pred": prediction(record), "ctx": context(record)}
+    for name, term in objective.terms.items():
+        head = [heads[name]] if name in heads else []
+        values[name] = TERMS[name](record, *head, **term.options)
+    values["total"] = sum(weights[name] * value for name, value in values.items())
+    return values

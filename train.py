@@ -1,0 +1,483 @@
+"""Train a video JEPA with any of the study's objectives: `python train.py --objective fwm_hw_ld`."""
+import argparse
+import copy
+import csv
+import difflib
+import functools
+import io
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import data
+import probe
+from model import SIZES, Encoder, Predictor, level_normalise, token_grid
+from objectives import (OBJECTIVES, Record, View, as_released, coefficients, losses, make_heads, mean_over_ranks,
+                        motion_map, sample_masks)
+from synthetic import Blobs, Shapes
+
+
+@dataclass
+class Config:
+    """Everything that makes a run: the synthetic preset's values, for two CPU cores. Every field is a flag."""
+    preset: str = "synthetic"
+    objective: str = "baseline"
+    as_released: bool = False  # the released code's behaviour instead of its description (README)
+    out: str = ""  # the run folder; by default runs/<preset>-<objective>-seed<seed>
+    seed: int = 0
+    # data
+    data: str = ""  # one's own videos: a list (lines "path label" or "path") or a folder
+    root: str = ""  # the folder that holds the study's datasets
+    frames: int = 8
+    crop: int = 32  # pixels
+    frame_step: int = 1  # take every such frame; 0: as many as `fps` asks for
+    fps: int = 0
+    workers: int = 0  # loader processes
+    max_broken: float = 0.05  # stop when a larger share of the clips cannot be read
+    # model
+    size: str = "tiny"
+    patch: int = 8
+    tubelet: int = 2
+    # optimisation
+    steps: int = 1200
+    batch: int = 32  # clips per step over all ranks together
+    lr: float = 1e-3
+    warmup_lr: float = 1e-4  # the learning rate of step 0
+    weight_decay: float = 0.04
+    ema: float = 0.99  # momentum of the target encoder
+    # machine
+    device: str = "auto"  # cuda, mps or cpu
+    compile: str = "auto"  # yes, no; auto: on cuda only
+    # logging
+    log_every: int = 10  # steps between lines of metrics.csv
+    save_every: int = 100  # steps between checkpoints
+    probe_clips: int = 3072  # labelled synthetic clips of the final table; 0: no table
+
+
+STUDY = dict(frames=16, crop=224, size="vit_base", patch=16, steps=30_000, batch=32, lr=6e-4, ema=0.99925, workers=8,
+             log_every=50, save_every=1000)
+PRESETS = {
+    "synthetic": dict(),
+    "ucf101": dict(STUDY, frame_step=0, fps=16),
+    "mixed": dict(STUDY, frame_step=2),
+    "blobs": dict(STUDY, frames=8, crop=128, frame_step=0, fps=4, batch=16, steps=5000),
+}
+
+
+def known(kind, name, names):
+    """The name itself; a ValueError with the nearest known name if there is no such name."""
+    if name in names:
+        return name
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
+    raise ValueError(f"unknown {kind} '{name}'; did you mean '{nearest}'? Known: {', '.join(names)}")
+
+
+def parse(arguments):
+    """Command line -> (Config, other flags). The preset's values first, then what the flags say."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="print the 28 objectives and stop")
+    parser.add_argument("--gradients", action="store_true", help="print which networks each loss trains and stop")
+    parser.add_argument("--resume", action="store_true", help="continue the run in its folder")
+    for item in fields(Config):
+        flag = "--" + item.name.replace("_", "-")
+        if item.type is bool:
+            parser.add_argument(flag, action="store_true", default=None, help=f"{item.default}")
+        else:
+            parser.add_argument(flag, type=item.type, metavar=item.type.__name__.upper(), help=f"{item.default}")
+    given, unknown = parser.parse_known_args(arguments)
+    for flag in unknown:
+        flags = [option for action in parser._actions for option in action.option_strings if option[:2] == "--"]
+        known("flag", flag.split("=")[0], flags)
+        raise ValueError(f"unexpected argument '{flag}'")
+    preset = known("preset", given.preset or Config.preset, PRESETS)
+    chosen = {item.name: getattr(given, item.name) for item in fields(Config)
+              if getattr(given, item.name) is not None}
+    return check(Config(**{**PRESETS[preset], **chosen, "preset": preset})), given
+
+
+def check(config):
+    """The same Config with its run folder filled in. Raises ValueError for what cannot run."""
+    known("objective", config.objective, OBJECTIVES)
+    known("size", config.size, SIZES)
+    known("device", config.device, ("auto", "cuda", "mps", "cpu"))
+    known("value of --compile", config.compile, ("auto", "yes", "no"))
+    grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
+    if grid[0] < 2:
+        raise ValueError(f"{config.frames} frames in tubelets of {config.tubelet} give {grid[0]} time step; "
+                         "the method needs at least 2: raise --frames")
+    for name in ("steps", "batch", "log_every", "save_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least 1")
+    if not config.out:
+        released = "-as-released" if config.as_released else ""
+        config.out = f"runs/{config.preset}-{config.objective}{released}-seed{config.seed}"
+    return config
+
+
+class JEPA(nn.Module):
+    """The networks of one run, and one forward pass from clips and masks to losses."""
+
+    def __init__(self, objective, size, patch, tubelet):
+        super().__init__()
+        self.objective = objective
+        self.encoder = Encoder(size, patch, tubelet)
+        self.predictor = Predictor(size)
+        self.heads = make_heads(objective, size.width)
+        self.target = copy.deepcopy(self.encoder).requires_grad_(False)
+
+    def targets(self, clips):
+        """What is to be predicted: features of the whole clip, [B, N, 4D]. Without EMA they carry gradient."""
+        encoder = self.target if self.objective.ema else self.encoder
+        return level_normalise(encoder(clips))
+
+    def view(self, clips, visible, masked, grid):
+        """Encode what one mask leaves visible, predict the rest."""
+        z = self.encoder(clips, visible)  # (B, n, 4D)
+        p, c = self.predictor(z, visible, masked, grid)  # (B, k, 4D), (B, n, 4D)
+        return View(visible, masked, z, p, c)
+
+    def forward(self, clips, masks, weights):
+        """uint8 clips [B, 3, T, H, W], list of (visible, masked), loss weights -> losses by name, targets."""
+        clips = data.normalise(clips)
+        grid = token_grid(*clips.shape[2:], self.encoder.patch, self.encoder.tubelet)
+        h = self.targets(clips)  # (B, N, 4D)
+        views = [self.view(clips, visible, masked, grid) for visible, masked in masks]
+        return losses(Record(clips, grid, h, views), self.objective, self.heads, weights), h.detach()
+
+
+def build(config):
+    """The networks of a run before its first step: a pure function of the seed."""
+    objective = OBJECTIVES[config.objective]
+    torch.manual_seed(config.seed)
+    return JEPA(as_released(objective) if config.as_released else objective, SIZES[config.size], config.patch,
+                config.tubelet)
+
+
+def make_optimizer(model, config):
+    """AdamW; weight decay on matrices only, not on biases and 1-D tensors."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, fused=next(model.parameters()).is_cuda)
+
+
+def learning_rate(config, step):
+    """Linear from warmup_lr to lr over the first 1 % of the steps (the study's first epoch), then constant."""
+    warmup = max(1, config.steps // 100)
+    return config.warmup_lr + (config.lr - config.warmup_lr) * min(1.0, step / warmup)
+
+
+def draw_masks(clips, generator, grid, masking):
+    """Masks of a batch of uint8 clips; a loader's worker calls this, so that no step waits for it."""
+    motion = motion_map(data.normalise(clips), grid) if masking.motion_strength else None
+    return sample_masks(len(clips), grid, masking, generator, motion)
+
+
+def training_source(config):
+    """Where a run's clips come from."""
+    if config.data:
+        return data.own_videos(config.data, config.frames, config.crop, config.frame_step, config.fps)
+    if config.preset == "synthetic":
+        return Shapes(config.frames, config.crop, config.seed)
+    if config.preset == "blobs":
+        return data.BlobVideos(config.frames, config.crop, config.frame_step, config.fps, config.seed)
+    if not config.root:
+        raise ValueError(f"--preset {config.preset} needs --root DIR, the folder that holds the study's datasets; "
+                         "`python data.py --check DIR` says what is missing in it")
+    return data.study_source(config.preset, config.root, config.frames, config.crop, config.frame_step, config.fps)
+
+
+@torch.no_grad()
+def collapse_meter(h, most_tokens=4096):
+    """Are the target features alive? h [B, N, 4D] -> effective rank, mean standard deviation of a channel.
+
+    Effective rank: exp of the entropy of the normalised singular values of the centred token features (at most 4D).
+    Both fall towards 0 or 1 when all tokens look the same.
+    """
+    tokens = h.flatten(0, 1).float()  # (B*N, 4D)
+    tokens = tokens[:: max(1, len(tokens) // most_tokens)]
+    tokens = tokens - tokens.mean(0)
+    squared = torch.linalg.eigvalsh(tokens.T @ tokens).clamp(min=0)  # the singular values' squares
+    share = squared.sqrt() / squared.sqrt().sum()
+    return torch.special.entr(share).sum().exp(), tokens.std(0).mean()
+
+
+# ------------------------------------------------------------------------------------------------------ run folder
+
+
+def write_file(path, content):
+    """Write bytes under a temporary name, then rename: a reader sees the old file or the new one, never a half."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def save_checkpoint(folder, model, optimizer, config, step):
+    """Everything a later process needs to go on with `step` as its first step."""
+    buffer = io.BytesIO()
+    torch.save({"config": asdict(config), "step": step, "evaluated": model.objective.evaluated,
+                "encoder": model.encoder.state_dict(), "target": model.target.state_dict(),
+                "predictor": model.predictor.state_dict(), "heads": model.heads.state_dict(),
+                "optimizer": optimizer.state_dict()}, buffer)
+    write_file(folder / "last.pt", buffer.getvalue())
+
+
+def open_run(config, resume):
+    """The run folder and, to go on from, its checkpoint or None. Never overwrites a run that is there."""
+    folder = Path(config.out)
+    saved, checkpoint = folder / "config.json", None
+    if saved.exists():
+        before, now = json.loads(saved.read_text()), asdict(config)
+        different = [name for name in now if before.get(name) != now[name]]
+        if different:
+            raise ValueError(f"{folder} holds a different run ({', '.join(different)} differ); choose another --out")
+        if not resume:
+            raise ValueError(f"{folder} holds this run already; add --resume to go on with it, or choose another --out")
+        if (folder / "last.pt").exists():
+            checkpoint = probe.load_checkpoint(folder / "last.pt")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds something that is not a run; choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(saved, json.dumps(asdict(config), indent=2).encode())
+    return folder, checkpoint
+
+
+class Metrics:
+    """metrics.csv: one line per logged step, no times in it, so that a resumed run writes the same file."""
+
+    def __init__(self, path, first_step):
+        """Keep the lines before first_step: what comes after them is about to be computed again."""
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) < first_step]
+        write_file(path, "".join(lines[:1] + kept if kept else []).encode())
+        self.file, self.empty = path.open("a", newline=""), not kept
+
+    def write(self, row):
+        writer = csv.DictWriter(self.file, row, lineterminator="\n")
+        if self.empty:
+            writer.writeheader()
+            self.empty = False
+        writer.writerow(row)
+        self.file.flush()
+
+
+# ------------------------------------------------------------------------------------------------------------ loop
+
+
+class StopSignal:
+    """Remembers Ctrl-C and SIGTERM, so that the loop ends after a whole step. A second one ends at once."""
+
+    def __init__(self):
+        self.received = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+def start_ranks(config):
+    """(rank, number of ranks, device); starts the process group under torchrun."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if config.batch % ranks:
+        raise ValueError(f"--batch {config.batch} is shared by {ranks} ranks; choose a multiple of {ranks}")
+    if ranks == 1:
+        return 0, 1, torch.device(name)
+    local = int(os.environ["LOCAL_RANK"])
+    if name == "cuda":
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if name == "cuda" else "gloo")
+    return dist.get_rank(), ranks, torch.device(name, local) if name == "cuda" else torch.device(name)
+
+
+def train(config, resume=False):
+    """Run a Config to its end (or to a signal); returns 0, or the number of the signal that stopped it."""
+    rank, ranks, device = start_ranks(config)
+    model = build(config).to(device)
+    objective = model.objective
+    grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
+    batches = data.Batches(training_source(config), config.batch, config.steps, config.seed,
+                           functools.partial(draw_masks, grid=grid, masking=objective.masking), rank, ranks)
+    folder, checkpoint = open_run(config, resume) if rank == 0 else (Path(config.out), None)
+    if ranks > 1:
+        box = [checkpoint]
+        dist.broadcast_object_list(box)
+        checkpoint = box[0]
+    optimizer = make_optimizer(model, config)
+    start = 0
+    if checkpoint:
+        for name in ("encoder", "target", "predictor", "heads"):
+            getattr(model, name).load_state_dict(checkpoint[name])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start = checkpoint["step"]
+    if config.compile == "yes" or config.compile == "auto" and device.type == "cuda":
+        model.compile(dynamic=True)
+    # A static graph may leave parameters without gradient: the released code's latent-dynamics head.
+    step_model = DistributedDataParallel(model, static_graph=True) if ranks > 1 else model
+    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    update_target = get_ema_multi_avg_fn(config.ema)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    healthy = torch.ones((), dtype=torch.bool, device=device)
+    broken = data.Broken(config.max_broken)
+    stop = StopSignal()
+    metrics = Metrics(folder / "metrics.csv", start) if rank == 0 else None
+    bar = tqdm(total=config.steps, initial=start, unit="step", disable=rank > 0, desc=config.objective)
+    began, last = time.perf_counter(), start
+
+    for step, (clips, masks, unreadable) in enumerate(data.loader(batches, start, config.workers, device), start):
+        # Reseeded so that what a term draws is fresh at every step, equal on all ranks, and the same after a resume.
+        torch.manual_seed(config.seed * 1_000_003 + step)
+        clips = clips.to(device, non_blocking=True)
+        masks = [tuple(tokens.to(device, non_blocking=True) for tokens in mask) for mask in masks]
+        weights = coefficients(objective, step, config.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        with autocast:
+            values, h = step_model(clips, masks, weights)
+        values["total"].backward()
+        gradient_norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        optimizer.step()
+        optimizer.zero_grad()
+        if objective.ema:
+            with torch.no_grad():
+                update_target(list(model.target.parameters()), list(model.encoder.parameters()), None)
+        healthy &= values["total"].isfinite() & gradient_norm.isfinite()
+        broken.add(unreadable)
+        bar.update()
+
+        final = step + 1 == config.steps
+        log = step % config.log_every == 0 or final
+        if log:  # the only place where the host waits for the device
+            with torch.no_grad():
+                means = mean_over_ranks(torch.stack([value.detach().float() for value in values.values()]))
+            if ranks > 1:
+                anyone = torch.tensor(stop.received, device=device)
+                dist.all_reduce(anyone, op=dist.ReduceOp.MAX)
+                stop.received = int(anyone)
+        stopping = stop.received and (log or ranks == 1)
+        save = (step + 1) % config.save_every == 0 or final or stopping
+        if (log or save) and not healthy:
+            bar.close()
+            raise FloatingPointError(f"the loss or its gradient was not finite by step {step}; {folder}/last.pt is the "
+                                     "last good checkpoint, if there is one; try a lower --lr")
+        if rank == 0 and log:
+            effective_rank, feature_std = (value.item() for value in collapse_meter(h))
+            row = dict(zip(values, means.tolist()))
+            metrics.write({"step": step, **row, "grad_norm": gradient_norm.item(), "lr": learning_rate(config, step),
+                           "ema": config.ema if objective.ema else "", "ctx_weight": weights["ctx"],
+                           "effective_rank": effective_rank, "feature_std": feature_std})
+            speed = (step + 1 - last) * config.batch / (time.perf_counter() - began)
+            began, last = time.perf_counter(), step + 1
+            bar.set_postfix({**{name: f"{value:.3f}" for name, value in row.items()}, "rank": f"{effective_rank:.0f}",
+                             "std": f"{feature_std:.2f}", "clips/s": f"{speed:.0f}", **broken.counts()})
+            broken.write(folder)
+        if rank == 0 and save:
+            save_checkpoint(folder, model, optimizer, config, step + 1)
+        if stopping:
+            bar.close()
+            if rank == 0:
+                print(f"stopped after step {step}; the same command with --resume goes on from there")
+            return stop.received
+    bar.close()
+    if rank == 0:
+        if config.probe_clips:
+            print_result(config, model, device)
+        print(f"run folder: {folder}")
+    if ranks > 1:
+        dist.destroy_process_group()
+    return 0
+
+
+def print_result(config, model, device):
+    """What the encoder learned: the same probes on the same clips, before and after training."""
+    untrained = build(config).encoder.to(device)
+    trained = getattr(model, model.objective.evaluated)
+    rows = {name: probe.synthetic_accuracy(encoder, config.frames, config.crop, config.probe_clips)
+            for name, encoder in (("untrained", untrained), ("trained", trained))}
+    print("\nlinear probe, top-1 %   motion direction   appearance")
+    for name, accuracy in rows.items():
+        print(f"{name:<22} {accuracy['direction']:17.1f} {accuracy['appearance']:12.1f}")
+    print(f"{'chance':<22} {100 / 8:17.1f} {100 / 8:12.1f}")
+
+
+# ------------------------------------------------------------------------------------------------------- overviews
+
+
+def describe(objective):
+    """The total loss of an objective as one line of text."""
+    parts = ["pred + ctx"] + [f"{term.coefficient:g} {name}" for name, term in objective.terms.items()]
+    return " + ".join(parts) + ("" if objective.ema else ", no EMA")
+
+
+def gradient_table():
+    """Markdown: which networks each loss of each objective, taken alone, gives a gradient that is not zero."""
+    from model import Size
+    size = Size(24, 4, 2, predictor_width=16, predictor_depth=1, predictor_heads=2)
+    lines = ["| objective | encoder | predictor | its own head | target |", "|---|---|---|---|---|"]
+    rows = [(name, objective) for name, objective in OBJECTIVES.items()]
+    rows += [(f"{name} `--as-released`", as_released(objective)) for name, objective in rows
+             if any("as_released" in term.options for term in as_released(objective).terms.values())]
+    for name, objective in rows:
+        reached = gradient_reach(objective, size)
+        lines.append(f"| {name} | " + " | ".join(", ".join(reached[part]) or "-" for part in reached) + " |")
+    return "\n".join(lines)
+
+
+def gradient_reach(objective, size):
+    """Which losses of an objective reach which networks: {"encoder": [names], "predictor", "heads", "target"}."""
+    torch.manual_seed(0)
+    model = JEPA(objective, size, patch=4, tubelet=2)
+    grid = (4, 4, 4)
+    clips = torch.randint(256, (2, 3, 8, 16, 16), dtype=torch.uint8)
+    masks = draw_masks(clips, torch.Generator().manual_seed(0), grid, objective.masking)
+    values, _ = model(clips, masks, coefficients(objective, 0, 1))
+    reached = {part: [] for part in ("encoder", "predictor", "heads", "target")}
+    for name in [name for name in values if name != "total"]:
+        model.zero_grad()
+        if values[name].requires_grad:
+            values[name].backward(retain_graph=True)
+        for part in reached:
+            gradients = [p.grad for p in getattr(model, part).parameters() if p.grad is not None]
+            if any(gradient.abs().sum() > 0 for gradient in gradients):
+                reached[part].append(name)
+    return reached
+
+
+def main(arguments=None):
+    try:
+        config, flags = parse(arguments)
+        if flags.list:
+            for name, objective in OBJECTIVES.items():
+                print(f"{name:<18} {objective.regime:<7} {describe(objective):<58} {objective.about}")
+            return 0
+        if flags.gradients:
+            print(gradient_table())
+            return 0
+        stopped = train(config, flags.resume)
+        return 128 + stopped if stopped else 0
+    except (ValueError, FloatingPointError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
