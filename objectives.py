@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_with_gradient
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -148,11 +147,27 @@ class Record(NamedTuple):
     views: list  # one View per mask
 
 
+class SumOverRanks(torch.autograd.Function):
+    """The sum over ranks, which every rank's loss depends on: so its gradient is the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx, value):
+        value = value.clone()
+        dist.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumOverRanks.apply(gradient)
+
+
+def rank_count():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def mean_over_ranks(value):
     """Average over the processes of a distributed run, with gradient; the value itself in a run of one."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return value
-    return dist_with_gradient.all_reduce(value) / dist.get_world_size()
+    return SumOverRanks.apply(value) / rank_count() if rank_count() > 1 else value
 
 
 def mean_over_views(record, errors):
@@ -376,8 +391,7 @@ def epps_pulley(sample, directions):
     angles = (sample @ directions).unsqueeze(-1) * nodes  # (n, m, 17)
     cos, sin = mean_over_ranks(torch.stack((angles.cos().mean(0), angles.sin().mean(0))))  # (m, 17) each
     integrand = phi * ((cos - phi).square() + sin.square())
-    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    return (len(sample) * ranks * 2 * torch.trapezoid(integrand, nodes, dim=-1)).mean()
+    return (len(sample) * rank_count() * 2 * torch.trapezoid(integrand, nodes, dim=-1)).mean()
 
 
 def sigreg(record, directions=1024, chunk=64):

@@ -1,0 +1,299 @@
+"""The training command as a user runs it: gradients, schedules, EMA, survival, several ranks, bad input."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import probe
+import train
+from objectives import OBJECTIVES, as_released
+
+ROOT = Path(__file__).parent.parent
+# A run that takes seconds: tiny clips, few steps, no probe.
+QUICK = ["--crop", "16", "--patch", "4", "--batch", "4", "--steps", "12", "--log-every", "1", "--save-every", "4",
+         "--probe-clips", "0", "--device", "cpu"]
+
+
+def run(*arguments, **options):
+    """`python train.py ...` in a process of its own, one thread."""
+    return subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120, **options)
+
+
+def start(*arguments):
+    return subprocess.Popen([sys.executable, "train.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def wait_for_line(path, step):
+    """Until metrics.csv holds the line of a step."""
+    for _ in range(1200):
+        if path.exists() and re.search(rf"^{step},", path.read_text(), re.M):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no step {step} in {path}")
+
+
+# ------------------------------------------------------------------------------------------- which loss trains what
+
+REACHES = {"pred": {"encoder", "predictor"}, "ctx": {"encoder", "predictor"}, "hw": {"encoder", "predictor"},
+           "delta": {"encoder"}, "ld": {"encoder", "heads"}, "fwm_static": {"encoder"}, "fwm_orth": {"encoder"},
+           "spectral": {"encoder"}, "ltc": {"encoder"}, "ac": {"encoder", "heads"}, "kinematic": {"encoder"},
+           "sigreg": {"encoder"}, "hamiltonian": {"encoder", "heads"}, "velgate": {"encoder"}}
+
+
+@pytest.fixture(scope="module")
+def gradient_table():
+    return train.gradient_table()
+
+
+def test_each_loss_trains_exactly_the_networks_that_its_definition_names(gradient_table):
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in gradient_table.splitlines()[2:]]
+    assert [row[0] for row in rows[:28]] == list(OBJECTIVES)
+    for name, *cells in rows:
+        found = {part: set(cell.split(", ")) - {"-"} for part, cell in
+                 zip(("encoder", "predictor", "heads", "target"), cells)}
+        expected = {part: set() for part in found}
+        for loss in ["pred", "ctx", *OBJECTIVES[name.split()[0]].terms]:
+            # By the released code the latent-dynamics loss under hard weighting trains nothing.
+            for part in set() if "as-released" in name and loss == "ld" else REACHES[loss]:
+                expected[part].add(loss)
+        assert found == expected, name
+    assert {row[0] for row in rows[28:]} == {"hw_ld `--as-released`", "fwm_hw_ld `--as-released`"}
+
+
+def test_the_readme_prints_this_gradient_table(gradient_table):
+    assert gradient_table in (ROOT / "README.md").read_text()
+
+
+# --------------------------------------------------------------------------------------------- schedules, EMA, runs
+
+
+@pytest.mark.parametrize("step, rate", [(0, 1e-4), (150, 3.5e-4), (300, 6e-4), (15_000, 6e-4), (22_500, 6e-4),
+                                        (30_000, 6e-4)])
+def test_the_learning_rate_has_the_studys_values_at_the_same_share_of_any_run(step, rate):
+    study, _ = train.parse(["--preset", "mixed", "--root", "."])
+    assert study.steps == 30_000 and train.learning_rate(study, step) == pytest.approx(rate, rel=1e-12)
+    short, _ = train.parse(["--preset", "mixed", "--root", ".", "--steps", "3000"])
+    assert train.learning_rate(short, step // 10) == pytest.approx(rate, rel=1e-12)
+
+
+def test_the_presets_are_the_studys_regimes():
+    regimes = {name: train.parse(["--preset", name])[0] for name in ("ucf101", "mixed", "blobs")}
+    fields = ("size", "patch", "tubelet", "frames", "crop", "frame_step", "fps", "batch", "steps", "ema", "weight_decay")
+    assert [getattr(regimes["ucf101"], f) for f in fields] == ["vit_base", 16, 2, 16, 224, 0, 16, 32, 30_000, 0.99925, 0.04]
+    assert [getattr(regimes["mixed"], f) for f in fields] == ["vit_base", 16, 2, 16, 224, 2, 0, 32, 30_000, 0.99925, 0.04]
+    assert [getattr(regimes["blobs"], f) for f in fields] == ["vit_base", 16, 2, 8, 128, 0, 4, 16, 5000, 0.99925, 0.04]
+
+
+def test_weight_decay_falls_on_matrices_only():
+    config, _ = train.parse(QUICK)
+    model = train.build(config)
+    decayed, free = train.make_optimizer(model, config).param_groups
+    assert decayed["weight_decay"] == 0.04 and free["weight_decay"] == 0
+    assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim == 1 for p in free["params"])
+    assert len(decayed["params"]) + len(free["params"]) == sum(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("objective, released, moves", [("baseline", False, True), ("kinematic", False, False),
+                                                        ("kinematic", True, False)])
+def test_the_target_is_the_closed_form_of_the_moving_average(tmp_path, objective, released, moves):
+    """target = m^s start + (1 - m) sum of m^(s-i) encoder_i; without EMA nothing ever touches it."""
+    flags = [*QUICK, "--objective", objective, "--ema", "0.7", "--save-every", "1", "--out", str(tmp_path / "run")]
+    flags += ["--as-released"] if released else []
+    config, _ = train.parse(flags)
+    beginning = {name: p.double() for name, p in train.build(config).encoder.state_dict().items()}
+    encoders = []
+    save = train.save_checkpoint
+
+    def remember(folder, model, *rest):
+        encoders.append({name: p.double().clone() for name, p in model.encoder.state_dict().items()})
+        save(folder, model, *rest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", remember)
+        assert train.main(flags) == 0
+    target = probe.load_checkpoint(tmp_path / "run" / "last.pt")["target"]
+    assert len(encoders) == 12
+    for name in target:
+        expected = beginning[name] * (0.7 ** 12 if moves else 1)
+        for i, encoder in enumerate(encoders, start=1):
+            expected = expected + (0.3 * 0.7 ** (12 - i) if moves else 0) * encoder[name]
+        torch.testing.assert_close(target[name].double(), expected, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(encoders[-1]["embed.weight"], beginning["embed.weight"])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_runs_and_is_evaluated_on_the_right_encoder(tmp_path, name):
+    flags = ["--objective", name, *QUICK, "--steps", "2", "--out", str(tmp_path / "run")]
+    assert train.main(flags) == 0
+    checkpoint = probe.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert checkpoint["evaluated"] == ("target" if OBJECTIVES[name].ema else "encoder")
+    assert as_released(OBJECTIVES[name]).evaluated == "target"
+    header, *lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    terms = ["pred", "ctx", *OBJECTIVES[name].terms, "total"]
+    assert header.split(",") == ["step", *terms, "grad_norm", "lr", "ema", "ctx_weight", "effective_rank", "feature_std"]
+    assert [line.split(",")[0] for line in lines] == ["0", "1"]
+
+
+def test_the_collapse_meter_counts_directions():
+    """Features on r equally strong orthogonal directions have effective rank r; constant ones have std 0."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(64, 5, generator=generator))[0].T
+    signs = torch.tensor([[(i >> bit) % 2 * 2.0 - 1 for bit in range(5)] for i in range(32)])  # centred, orthogonal
+    rank, _ = train.collapse_meter((signs @ basis).unsqueeze(0))
+    assert rank.item() == pytest.approx(5, rel=0.02)
+    assert train.collapse_meter(torch.ones(2, 8, 16))[1].item() == 0
+
+
+# ------------------------------------------------------------------------------------------------------- it survives
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """metrics.csv of a whole run."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    finished = run(*QUICK, "--objective", "sigreg", "--out", str(out))
+    assert finished.returncode == 0, finished.stderr
+    return (out / "metrics.csv").read_bytes()
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_and_resumed_run_writes_the_same_metrics_to_the_bit(tmp_path, uninterrupted, kill):
+    flags = [*QUICK, "--objective", "sigreg", "--out", str(tmp_path / "run")]
+    process = start(*flags)
+    wait_for_line(tmp_path / "run" / "metrics.csv", 6)
+    process.send_signal(kill)
+    process.wait(timeout=60)
+    assert process.returncode == (-signal.SIGKILL if kill == signal.SIGKILL else 128 + signal.SIGTERM)
+    partial = (tmp_path / "run" / "metrics.csv").read_bytes()
+    assert uninterrupted.startswith(partial[:partial.rindex(b"\n") + 1]) and partial != uninterrupted
+    resumed = run(*flags, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == uninterrupted
+
+
+@pytest.mark.parametrize("left", ["", "step,", "step,total\n0,1.0\n1,2", "step,total\n0,1.0\n1,2.0\n2,3.0\n3,4.0\n"])
+def test_whatever_a_kill_leaves_in_the_metrics_is_cut_back_to_the_checkpoint(tmp_path, left):
+    """Also an empty file, half a header, half a line, lines after the checkpoint (here: of step 2)."""
+    path = tmp_path / "metrics.csv"
+    path.write_text(left)
+    metrics = train.Metrics(path, first_step=2 if left.count("\n") > 2 else 0)
+    for step in range(2 if left.count("\n") > 2 else 0, 3):
+        metrics.write({"step": step, "total": step + 1.0})
+    metrics.file.close()
+    assert path.read_text() == "step,total\n0,1.0\n1,2.0\n2,3.0\n"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path, capsys):
+    flags = [*QUICK, "--lr", "1e30", "--warmup-lr", "1e-4", "--steps", "400", "--out", str(tmp_path / "run")]
+    assert train.main(flags) == 1
+    message = capsys.readouterr().err
+    assert "not finite" in message and "last good checkpoint" in message
+    checkpoint = probe.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert all(p.isfinite().all() for p in checkpoint["encoder"].values())
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "foreign", "missing"])
+def test_a_file_that_is_not_a_checkpoint_gives_one_sentence(tmp_path, damage, capsys):
+    path = tmp_path / "last.pt"
+    if damage == "cut":
+        torch.save({"config": {}, "encoder": torch.zeros(1000)}, path)
+        path.write_bytes(path.read_bytes()[:2000])
+    elif damage == "text":
+        path.write_text("hello")
+    elif damage == "foreign":
+        torch.save({"model": torch.zeros(3)}, path)
+    assert probe.main(["--checkpoint", str(path)]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("probe.py: ") and str(path) in message and message.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------ several ranks
+
+
+def torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"})
+
+
+def test_two_ranks_with_half_the_batch_each_have_the_gradients_of_one_with_all():
+    """Except where a term takes its statistics per rank: the covariance of fwm_orth, the softmax of hard ld."""
+    finished = torchrun("tests/two_ranks.py")
+    assert finished.returncode == 0, finished.stderr
+    difference = {name: float(value) for name, value in (line.split() for line in finished.stdout.splitlines())}
+    assert difference.keys() == OBJECTIVES.keys()
+    for name, objective in OBJECTIVES.items():
+        per_rank = "fwm_orth" in objective.terms or any(term.options.get("hard") for term in objective.terms.values())
+        assert (difference[name] < 1e-5) != per_rank, (name, difference[name])
+
+
+def test_torchrun_trains_and_one_rank_writes(tmp_path):
+    finished = torchrun("train.py", *QUICK, "--objective", "hw_ld", "--as-released", "--out", str(tmp_path / "run"))
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "run" / "metrics.csv").read_text().count("\n") == 13
+    assert probe.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 12
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--objective", "basline"], "did you mean 'baseline'"),
+    (["--preset", "ucf10"], "did you mean 'ucf101'"),
+    (["--objectve", "hw"], "did you mean '--objective'"),
+    (["--size", "vit_bas"], "did you mean 'vit_base'"),
+    (["--steps", "0"], "--steps is 0"),
+    (["--batch", "0"], "--batch is 0"),
+    (["--crop", "30"], "does not divide into 8x8 patches"),
+    (["--frames", "7"], "tubelets of 2"),
+    (["--frames", "2"], "at least 2"),
+    (["--data", "nowhere.csv"], "nowhere.csv"),
+    (["--preset", "ucf101"], "--root"),
+    (["--crop", "8"], "no mask of"),
+])
+def test_bad_input_gives_one_sentence_and_writes_nothing(tmp_path, capsys, flags, sentence):
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("train.py: ") and sentence in message
+    assert not (tmp_path / "run" / "last.pt").exists() and not (tmp_path / "run" / "metrics.csv").exists()
+
+
+def test_a_folder_that_holds_a_run_is_never_overwritten(tmp_path, capsys):
+    flags = [*QUICK, "--steps", "2", "--out", str(tmp_path / "run")]
+    assert train.main(flags) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    for more, sentence in [([], "--resume"), (["--lr", "5e-4"], "lr"), (["--lr", "5e-4", "--resume"], "lr")]:
+        assert train.main([*flags, *more]) == 1
+        assert sentence in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    assert train.main([*flags[:-1], str(tmp_path / "other")]) == 1
+
+
+def test_the_list_names_every_objective_on_a_line_of_its_own():
+    lines = run("--list").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(OBJECTIVES) and len(lines) == 28
+
+
+# ------------------------------------------------------------------------------------------- the first command, whole
+
+
+def test_the_default_command_ends_with_the_table_and_the_probe_reads_its_checkpoint(tmp_path):
+    flags = ["--objective", "fwm_hw_ld", "--steps", "2", "--probe-clips", "64", "--out", str(tmp_path / "run")]
+    finished = run(*flags)
+    assert finished.returncode == 0, finished.stderr
+    assert re.search(r"untrained +[\d.]+ +[\d.]+\ntrained +[\d.]+ +[\d.]+\n", finished.stdout)
+    assert str(tmp_path / "run") in finished.stdout
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["objective"] == "fwm_hw_ld"
+    config, _ = train.parse(flags)
+    untrained = probe.make_encoder(probe.load_checkpoint(tmp_path / "run" / "last.pt")["config"])
+    torch.testing.assert_close(untrained.state_dict(), train.build(config).encoder.state_dict(), rtol=0, atol=0)

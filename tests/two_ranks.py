@@ -1,0 +1,47 @@
+"""Run by test_train.py under torchrun: gradients of one rank with the whole batch beside two ranks with half each."""
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from model import Size
+from objectives import OBJECTIVES, coefficients, sample_masks
+from train import JEPA
+
+SIZE = Size(24, 4, 2, predictor_width=16, predictor_depth=1, predictor_heads=2)
+CLIPS, GRID = 4, (4, 3, 4)
+
+
+def gradients(objective, clips, masks, distributed):
+    """Gradients of the total loss late in the run, when every term counts."""
+    torch.manual_seed(0)
+    model = JEPA(objective, SIZE, patch=4, tubelet=2)
+    wrapped = DistributedDataParallel(model, static_graph=True) if distributed else model
+    torch.manual_seed(1)  # sigreg's directions
+    values, _ = wrapped(clips, masks, coefficients(objective, 3, 4))
+    values["total"].backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def main():
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    clips = torch.randint(256, (CLIPS, 3, 8, 12, 16), dtype=torch.uint8, generator=generator)
+    alone = {}
+    for name, objective in OBJECTIVES.items():  # before there is a process group: statistics of the whole batch
+        masks = sample_masks(CLIPS, GRID, objective.masking, generator)
+        alone[name] = masks, gradients(objective, clips, masks, distributed=False)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    half = slice(rank * CLIPS // 2, (rank + 1) * CLIPS // 2)
+    for name, objective in OBJECTIVES.items():
+        masks, expected = alone[name]
+        mine = [(visible[half], masked[half]) for visible, masked in masks]
+        found = gradients(objective, clips[half], mine, distributed=True)
+        largest = max((a - b).abs().max() / b.abs().max().clamp(min=1e-12) for a, b in zip(found, expected))
+        if rank == 0:
+            print(name, f"{largest:.2e}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
