@@ -7,6 +7,7 @@ Shapes used in every file
     n, k        visible and masked tokens of one mask
     D           encoder width; an encoder gives LEVELS = 4 levels side by side, hence 4D channels
 """
+import pickle
 from typing import NamedTuple
 
 import torch
@@ -75,7 +76,7 @@ class Rotary(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, tokens, grid):
-        """Token ids [B, n] of a grid (t, h, w) -> cosine and sine of the angles, each [B, 1, n, head_dim / 2]."""
+        """Token ids [B, n] of a grid (t, h, w) -> how their channel pairs turn: complex64 [B, 1, n, head_dim / 2]."""
         _, h, w = grid
         time, row, column = tokens // (h * w), tokens // w % h, tokens % w  # (B, n) each
         # Rows and columns span the same 16x16 range at every crop size; time counts raw steps.
@@ -84,13 +85,16 @@ class Rotary(nn.Module):
         position = torch.stack((time.to(row.dtype), row, column), dim=-1)  # (B, n, 3)
         # A sum, not a matrix product: autocast would round the positions of a product to bfloat16.
         angles = (position.unsqueeze(-1) * self.frequencies).sum(-2)  # (B, n, head_dim / 2)
-        return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+        return torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
 
 
-def rotate(x, cos, sin):
-    """Turn each pair of neighbouring channels of x [B, heads, n, head_dim] by its token's angle."""
-    even, odd = x[..., 0::2], x[..., 1::2]  # (B, heads, n, head_dim / 2)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+def rotate(x, turn):
+    """Turn each pair of neighbouring channels of x [..., B, heads, n, head_dim] by its token's angle.
+
+    A pair (a, b) is the complex number a + ib, and `turn` the complex number exp(i angle) to multiply it with.
+    """
+    pairs = torch.view_as_complex(x.to(turn.real.dtype).unflatten(-1, (-1, 2)))  # (..., B, heads, n, head_dim / 2)
+    return torch.view_as_real(pairs * turn).flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
@@ -100,10 +104,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, turn):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, n, 3, heads, head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, n, head_dim) each
-        x = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, n, head_dim)
+        q, k = rotate(qkv[:2], turn)
+        x = F.scaled_dot_product_attention(q, k, qkv[2])  # (B, heads, n, head_dim)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, n, width)
 
 
@@ -127,8 +132,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width)
 
-    def forward(self, x, cos, sin):
-        x = x + self.attn(self.norm1(x), cos, sin)
+    def forward(self, x, turn):
+        x = x + self.attn(self.norm1(x), turn)
         return x + self.mlp(self.norm2(x))  # (B, n, width)
 
 
@@ -168,10 +173,10 @@ class Encoder(nn.Module):
         tokens = torch.arange(x.shape[1], device=x.device).unsqueeze(0)  # (1, N)
         if visible is not None:
             x, tokens = take(x, visible), visible  # (B, n, D), (B, n)
-        cos, sin = self.rotary(tokens, grid)
+        turn = self.rotary(tokens, grid)
         features = []
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin)
+            x = block(x, turn)
             if i in self.levels:
                 features.append(self.norms[len(features)](x))
         return torch.cat(features, dim=-1)  # (B, n, 4D)
@@ -199,8 +204,62 @@ class Predictor(nn.Module):
         queries = self.mask_token.expand(*masked.shape, -1)  # (B, k, width)
         x = torch.cat((context, queries), dim=1) + self.video  # (B, n + k, width)
         # The order of tokens carries no meaning: each brings its own position.
-        cos, sin = self.rotary(torch.cat((visible, masked), dim=1), grid)
+        turn = self.rotary(torch.cat((visible, masked), dim=1), grid)
         for block in self.blocks:
-            x = block(x, cos, sin)
+            x = block(x, turn)
         context, queries = self.norm(x).split((visible.shape[1], masked.shape[1]), dim=1)
         return self.to_masked(queries), self.to_visible(context)
+
+
+# --------------------------------------------------------------------------------------------- weights of V-JEPA 2.1
+
+FOREIGN_NAMES = {"embed.": "patch_embed.proj.", "video": "video_mod_embed", "norms.": "norms_block."}  # ours: theirs
+FOREIGN_UNUSED = {"patch_embed_img.proj.weight", "patch_embed_img.proj.bias", "img_mod_embed"}  # for single pictures
+
+
+def foreign_name(name):
+    """What V-JEPA 2.1 calls a weight of our Encoder."""
+    for ours, theirs in FOREIGN_NAMES.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+def load_foreign(path):
+    """The encoder of a V-JEPA 2.1 checkpoint, and what it is: {"size", "patch", "tubelet", "weights"}.
+
+    The file holds a dict with the weights under "ema_encoder", "target_encoder" or "encoder"; the first of these that
+    is there is taken, and named in "weights". Their names may begin with "module." and "backbone.". Every weight
+    must be there and fit, and none may be left over, but for those that V-JEPA 2.1 uses for single pictures.
+    Raises FileNotFoundError, or ValueError for anything else that this file is.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)  # tensors only: runs no code from the file
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no weights at {path}") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is no file of weights, or was cut short ({str(error).splitlines()[0]})") from None
+    networks = content if isinstance(content, dict) else {}
+    chosen = next((key for key in ("ema_encoder", "target_encoder", "encoder") if key in networks), None)
+    if chosen is None or not isinstance(networks[chosen], dict):
+        raise ValueError(f"{path} holds no 'ema_encoder', 'target_encoder' or 'encoder' with weights by name")
+    weights = {name.removeprefix("module.").removeprefix("backbone."): weight
+               for name, weight in networks[chosen].items()}
+
+    kernel = tuple(getattr(weights.get("patch_embed.proj.weight"), "shape", ()))  # (D, 3, tubelet, patch, patch)
+    size = next((name for name, size in SIZES.items() if kernel[:1] == (size.width,)), None)
+    if len(kernel) != 5 or size is None:
+        raise ValueError(f"'{chosen}' of {path} is no encoder of a known size: patch_embed.proj.weight is "
+                         f"{list(kernel) or 'missing'}, should be [{' or '.join(str(s.width) for s in SIZES.values())}, "
+                         "3, tubelet, patch, patch]")
+    encoder = Encoder(SIZES[size], patch=kernel[-1], tubelet=kernel[2])
+    wanted = {foreign_name(name): weight for name, weight in encoder.state_dict().items()}
+    problems = [f"{name} is missing" for name in wanted if name not in weights]
+    problems += [f"{name} is left over" for name in weights if name not in wanted and name not in FOREIGN_UNUSED]
+    problems += [f"{name} is {list(getattr(weights[name], 'shape', ()))}, should be {list(weight.shape)}"
+                 for name, weight in wanted.items() if name in weights
+                 and getattr(weights[name], "shape", None) != weight.shape]
+    if problems:
+        raise ValueError(f"'{chosen}' of {path} does not fit {size}: {', '.join(problems)}")
+    encoder.load_state_dict({name: weights[foreign_name(name)] for name in encoder.state_dict()})
+    return encoder, {"size": size, "patch": encoder.patch, "tubelet": encoder.tubelet, "weights": chosen}

@@ -41,11 +41,14 @@ class Shapes:
 
     Direction (8), speed (4), appearance (8) and start are drawn independently. The start is uniform and the motion
     wraps around, so the position in any one frame is uniform whatever the direction: a single frame says nothing
-    about the motion. Item i of a seed is always the same clip; there is no last item.
+    about the motion. Item i of a seed is always the same clip, and there are as many items as anyone will ask for.
     """
 
     def __init__(self, frames, size, seed, device="cpu"):
         self.frames, self.size, self.seed, self.device = frames, size, seed, device
+
+    def __len__(self):
+        return 2 ** 31
 
     def draw(self, items):
         """Factors of items [B] as LongTensors [B] by name, and the starting points [B, 2] in world units."""

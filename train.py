@@ -8,7 +8,6 @@ import io
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import time
@@ -28,7 +27,7 @@ import probe
 from model import SIZES, Encoder, Predictor, level_normalise, token_grid
 from objectives import (OBJECTIVES, Record, View, as_released, coefficients, losses, make_heads, mean_over_ranks,
                         motion_map, sample_masks)
-from synthetic import Blobs, Shapes
+from synthetic import Shapes
 
 
 @dataclass
@@ -44,8 +43,8 @@ class Config:
     root: str = ""  # the folder that holds the study's datasets
     frames: int = 8
     crop: int = 32  # pixels
-    frame_step: int = 1  # take every such frame; 0: as many as `fps` asks for
-    fps: int = 0
+    frame_step: int = 1  # frames from one to the next
+    fps: int = 0  # if given, the frame step is what comes nearest to so many frames per second
     workers: int = 0  # loader processes
     max_broken: float = 0.05  # stop when a larger share of the clips cannot be read
     # model
@@ -53,12 +52,12 @@ class Config:
     patch: int = 8
     tubelet: int = 2
     # optimisation
-    steps: int = 1200
+    steps: int = 1000
     batch: int = 32  # clips per step over all ranks together
     lr: float = 1e-3
     warmup_lr: float = 1e-4  # the learning rate of step 0
     weight_decay: float = 0.04
-    ema: float = 0.99  # momentum of the target encoder
+    ema: float = 0.97  # momentum of the target encoder
     # machine
     device: str = "auto"  # cuda, mps or cpu
     compile: str = "auto"  # yes, no; auto: on cuda only
@@ -72,9 +71,9 @@ STUDY = dict(frames=16, crop=224, size="vit_base", patch=16, steps=30_000, batch
              log_every=50, save_every=1000)
 PRESETS = {
     "synthetic": dict(),
-    "ucf101": dict(STUDY, frame_step=0, fps=16),
+    "ucf101": dict(STUDY, fps=16),
     "mixed": dict(STUDY, frame_step=2),
-    "blobs": dict(STUDY, frames=8, crop=128, frame_step=0, fps=4, batch=16, steps=5000),
+    "blobs": dict(STUDY, frames=8, crop=128, fps=4, batch=16, steps=5000),
 }
 
 
@@ -173,7 +172,7 @@ def make_optimizer(model, config):
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, fused=next(model.parameters()).is_cuda)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
 def learning_rate(config, step):
@@ -190,16 +189,19 @@ def draw_masks(clips, generator, grid, masking):
 
 def training_source(config):
     """Where a run's clips come from."""
+    spacing = {"fps": config.fps} if config.fps else {"step": config.frame_step}
     if config.data:
-        return data.own_videos(config.data, config.frames, config.crop, config.frame_step, config.fps)
+        return data.Videos(*data.own_videos(config.data), config.frames, config.crop, **spacing)
     if config.preset == "synthetic":
         return Shapes(config.frames, config.crop, config.seed)
     if config.preset == "blobs":
-        return data.BlobVideos(config.frames, config.crop, config.frame_step, config.fps, config.seed)
+        return data.BlobVideos(config.seed, config.frames, config.crop, **spacing)
     if not config.root:
-        raise ValueError(f"--preset {config.preset} needs --root DIR, the folder that holds the study's datasets; "
-                         "`python data.py --check DIR` says what is missing in it")
-    return data.study_source(config.preset, config.root, config.frames, config.crop, config.frame_step, config.fps)
+        raise ValueError(f"--preset {config.preset} needs --root DIR, the folder that holds the study's datasets, or "
+                         "--data with videos of your own; `python data.py --check DIR` says what a folder lacks")
+    if config.preset == "mixed":
+        return data.open_mixed(config.root, config.frames, config.crop, **spacing)
+    return data.open_dataset("ucf101", config.root, "train", config.frames, config.crop, **spacing)
 
 
 @torch.no_grad()
@@ -317,6 +319,7 @@ def train(config, resume=False):
     grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
     batches = data.Batches(training_source(config), config.batch, config.steps, config.seed,
                            functools.partial(draw_masks, grid=grid, masking=objective.masking), rank, ranks)
+    sample_masks(1, grid, objective.masking, torch.Generator())  # a grid too small is refused before anything is written
     folder, checkpoint = open_run(config, resume) if rank == 0 else (Path(config.out), None)
     if ranks > 1:
         box = [checkpoint]
@@ -337,22 +340,24 @@ def train(config, resume=False):
     update_target = get_ema_multi_avg_fn(config.ema)
     trained = [p for p in model.parameters() if p.requires_grad]
     healthy = torch.ones((), dtype=torch.bool, device=device)
-    broken = data.Broken(config.max_broken)
+    broken = data.Broken()
     stop = StopSignal()
     metrics = Metrics(folder / "metrics.csv", start) if rank == 0 else None
     bar = tqdm(total=config.steps, initial=start, unit="step", disable=rank > 0, desc=config.objective)
     began, last = time.perf_counter(), start
 
-    for step, (clips, masks, unreadable) in enumerate(data.loader(batches, start, config.workers, device), start):
+    for step, (clips, masks, unreadable) in enumerate(data.loader(batches, start, config.workers), start):
         # Reseeded so that what a term draws is fresh at every step, equal on all ranks, and the same after a resume.
         torch.manual_seed(config.seed * 1_000_003 + step)
         clips = clips.to(device, non_blocking=True)
         masks = [tuple(tokens.to(device, non_blocking=True) for tokens in mask) for mask in masks]
         weights = coefficients(objective, step, config.steps)
+        # Tensors, since a compiled step would be compiled again for every new Python number.
+        on_device = torch.tensor(list(weights.values())).to(device, non_blocking=True)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         with autocast:
-            values, h = step_model(clips, masks, weights)
+            values, h = step_model(clips, masks, dict(zip(weights, on_device)))
         values["total"].backward()
         gradient_norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         optimizer.step()
@@ -361,7 +366,7 @@ def train(config, resume=False):
             with torch.no_grad():
                 update_target(list(model.target.parameters()), list(model.encoder.parameters()), None)
         healthy &= values["total"].isfinite() & gradient_norm.isfinite()
-        broken.add(unreadable)
+        broken.add(unreadable, len(clips))
         bar.update()
 
         final = step + 1 == config.steps
@@ -388,8 +393,12 @@ def train(config, resume=False):
             speed = (step + 1 - last) * config.batch / (time.perf_counter() - began)
             began, last = time.perf_counter(), step + 1
             bar.set_postfix({**{name: f"{value:.3f}" for name, value in row.items()}, "rank": f"{effective_rank:.0f}",
-                             "std": f"{feature_std:.2f}", "clips/s": f"{speed:.0f}", **broken.counts()})
+                             "std": f"{feature_std:.2f}", "clips/s": f"{speed:.0f}",
+                             **({"unreadable": str(broken)} if broken.files else {})})
             broken.write(folder)
+            if broken.share > config.max_broken:
+                raise ValueError(f"{broken.share:.0%} of the clips cannot be read ({broken}), more than --max-broken "
+                                 f"{config.max_broken:g}; {folder}/unreadable.txt names them")
         if rank == 0 and save:
             save_checkpoint(folder, model, optimizer, config, step + 1)
         if stopping:
@@ -401,6 +410,8 @@ def train(config, resume=False):
     if rank == 0:
         if config.probe_clips:
             print_result(config, model, device)
+        if broken.files:
+            print(f"unreadable: {broken}; {folder}/unreadable.txt names the first")
         print(f"run folder: {folder}")
     if ranks > 1:
         dist.destroy_process_group()
@@ -423,9 +434,26 @@ def print_result(config, model, device):
 
 
 def describe(objective):
-    """The total loss of an objective as one line of text."""
-    parts = ["pred + ctx"] + [f"{term.coefficient:g} {name}" for name, term in objective.terms.items()]
-    return " + ".join(parts) + ("" if objective.ema else ", no EMA")
+    """What an objective adds to the core loss, how it masks and where its targets come from, as one line of text."""
+    parts = []
+    for name, term in objective.terms.items():
+        options = [option if value is True else f"{option} {value}" for option, value in term.options.items()]
+        options += ["annealed"] * term.anneal
+        parts.append(f"{term.coefficient:g} {name}" + (f" ({', '.join(options)})" if options else ""))
+    masking = objective.masking
+    lines = [" + ".join(parts)] if parts else []
+    if masking.motion_strength:
+        lines.append(f"motion-guided masks s={masking.motion_strength:g} r={masking.uniform_share:g}")
+    if masking.first_steps < 1:
+        lines.append(f"future-predictive masks {masking.first_steps:g}")
+    return "; ".join(lines + ["no EMA"] * (not objective.ema)) or "-"
+
+
+def objective_list():
+    """The 28 objectives, a line each."""
+    rows = [(name, objective.regime, describe(objective), objective.about) for name, objective in OBJECTIVES.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join("  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths)), row[3]]) for row in rows)
 
 
 def gradient_table():
@@ -466,8 +494,7 @@ def main(arguments=None):
     try:
         config, flags = parse(arguments)
         if flags.list:
-            for name, objective in OBJECTIVES.items():
-                print(f"{name:<18} {objective.regime:<7} {describe(objective):<58} {objective.about}")
+            print(objective_list())
             return 0
         if flags.gradients:
             print(gradient_table())

@@ -88,9 +88,9 @@ def test_the_learning_rate_has_the_studys_values_at_the_same_share_of_any_run(st
 def test_the_presets_are_the_studys_regimes():
     regimes = {name: train.parse(["--preset", name])[0] for name in ("ucf101", "mixed", "blobs")}
     fields = ("size", "patch", "tubelet", "frames", "crop", "frame_step", "fps", "batch", "steps", "ema", "weight_decay")
-    assert [getattr(regimes["ucf101"], f) for f in fields] == ["vit_base", 16, 2, 16, 224, 0, 16, 32, 30_000, 0.99925, 0.04]
+    assert [getattr(regimes["ucf101"], f) for f in fields] == ["vit_base", 16, 2, 16, 224, 1, 16, 32, 30_000, 0.99925, 0.04]
     assert [getattr(regimes["mixed"], f) for f in fields] == ["vit_base", 16, 2, 16, 224, 2, 0, 32, 30_000, 0.99925, 0.04]
-    assert [getattr(regimes["blobs"], f) for f in fields] == ["vit_base", 16, 2, 8, 128, 0, 4, 16, 5000, 0.99925, 0.04]
+    assert [getattr(regimes["blobs"], f) for f in fields] == ["vit_base", 16, 2, 8, 128, 1, 4, 16, 5000, 0.99925, 0.04]
 
 
 def test_weight_decay_falls_on_matrices_only():
@@ -192,7 +192,7 @@ def test_whatever_a_kill_leaves_in_the_metrics_is_cut_back_to_the_checkpoint(tmp
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path, capsys):
-    flags = [*QUICK, "--lr", "1e30", "--warmup-lr", "1e-4", "--steps", "400", "--out", str(tmp_path / "run")]
+    flags = [*QUICK, "--lr", "1e30", "--warmup-lr", "1e-4", "--steps", "400", "--save-every", "1", "--out", str(tmp_path / "run")]
     assert train.main(flags) == 1
     message = capsys.readouterr().err
     assert "not finite" in message and "last good checkpoint" in message
