@@ -7,7 +7,6 @@ Shapes used in every file
     n, k        visible and masked tokens of one mask
     D           encoder width; an encoder gives LEVELS = 4 levels side by side, hence 4D channels
 """
-import pickle
 from typing import NamedTuple
 
 import torch
@@ -50,7 +49,7 @@ def token_grid(frames, height, width, patch, tubelet):
 
 def take(features, tokens):
     """features [B, N, C] at token ids [B, n] -> [B, n, C]."""
-    return features.take_along_dim(tokens.unsqueeze(-1), dim=1)
+    return features.gather(1, tokens.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
 
 
 def level_normalise(features):
@@ -237,8 +236,9 @@ def load_foreign(path):
         content = torch.load(path, map_location="cpu", weights_only=True)  # tensors only: runs no code from the file
     except FileNotFoundError:
         raise FileNotFoundError(f"no weights at {path}") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is no file of weights, or was cut short ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # whatever the bytes of another file lead to
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is no file of weights, or was cut short ({reason})") from None
     networks = content if isinstance(content, dict) else {}
     chosen = next((key for key in ("ema_encoder", "target_encoder", "encoder") if key in networks), None)
     if chosen is None or not isinstance(networks[chosen], dict):
@@ -249,9 +249,9 @@ def load_foreign(path):
     kernel = tuple(getattr(weights.get("patch_embed.proj.weight"), "shape", ()))  # (D, 3, tubelet, patch, patch)
     size = next((name for name, size in SIZES.items() if kernel[:1] == (size.width,)), None)
     if len(kernel) != 5 or size is None:
+        widths = " or ".join(str(size.width) for size in SIZES.values())
         raise ValueError(f"'{chosen}' of {path} is no encoder of a known size: patch_embed.proj.weight is "
-                         f"{list(kernel) or 'missing'}, should be [{' or '.join(str(s.width) for s in SIZES.values())}, "
-                         "3, tubelet, patch, patch]")
+                         f"{list(kernel) or 'missing'}, should be [{widths}, 3, tubelet, patch, patch]")
     encoder = Encoder(SIZES[size], patch=kernel[-1], tubelet=kernel[2])
     wanted = {foreign_name(name): weight for name, weight in encoder.state_dict().items()}
     problems = [f"{name} is missing" for name in wanted if name not in weights]

@@ -408,22 +408,32 @@ def sigreg(record, directions=1024, chunk=64):
         return sum(parts) / directions
 
 
+def gelu_derivative(x):
+    return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * torch.exp(-x ** 2 / 2) / math.sqrt(2 * math.pi)
+
+
+def energy_gradient(head, q, p):
+    """dE/dq and dE/dp of the energy network at (q, p), by the chain rule and itself differentiable."""
+    first, _, second, _, last = head
+    inner = first(torch.cat((q, p), dim=-1))
+    outer = second(F.gelu(inner))
+    gradient = (gelu_derivative(outer) * last.weight) @ second.weight
+    return ((gelu_derivative(inner) * gradient) @ first.weight).chunk(2, dim=-1)
+
+
 def hamiltonian(record, head, dt=0.1):
     """Hamiltonian flow: mean |q' - q of H+| + mean |p' - p of H+| over pairs, from one step of symplectic Euler.
 
-    Z = (q, p) in halves, E an energy network: q' = q + dt dE/dp(q, p), then p' = p - dt dE/dq(q', p). The gradient runs
-    through both inner derivatives.
+    Z = (q, p) in halves, E an energy network: q' = q + dt dE/dp(q, p), then p' = p - dt dE/dq(q', p). The gradient of
+    the loss runs through both derivatives.
     """
-    def energy(q, p):
-        return head(torch.cat((q, p), dim=-1)).sum()
-
     def errors(view):
         q, p = view.z.chunk(2, dim=-1)  # (B, n, 2D) each
-        index, pairs = next_step(view.visible, record.grid)
+        _, pairs = next_step(view.visible, record.grid)
         later = (view.visible + record.grid[1] * record.grid[2]).clamp(max=record.h.shape[1] - 1)
         q_target, p_target = take(record.h.detach(), later).chunk(2, dim=-1)
-        q = q + dt * torch.func.grad(energy, argnums=1)(q, p)
-        p = p - dt * torch.func.grad(energy, argnums=0)(q, p)
+        q = q + dt * energy_gradient(head, q, p)[1]
+        p = p - dt * energy_gradient(head, q, p)[0]
         return (q - q_target).abs().mean(-1) + (p - p_target).abs().mean(-1), pairs
     return mean_over_views(record, errors)
 

@@ -229,16 +229,6 @@ def write_file(path, content):
     os.replace(temporary, path)
 
 
-def save_checkpoint(folder, model, optimizer, config, step):
-    """Everything a later process needs to go on with `step` as its first step."""
-    buffer = io.BytesIO()
-    torch.save({"config": asdict(config), "step": step, "evaluated": model.objective.evaluated,
-                "encoder": model.encoder.state_dict(), "target": model.target.state_dict(),
-                "predictor": model.predictor.state_dict(), "heads": model.heads.state_dict(),
-                "optimizer": optimizer.state_dict()}, buffer)
-    write_file(folder / "last.pt", buffer.getvalue())
-
-
 def open_run(config, resume):
     """The run folder and, to go on from, its checkpoint or None. Never overwrites a run that is there."""
     folder = Path(config.out)
@@ -281,17 +271,84 @@ class Metrics:
 # ------------------------------------------------------------------------------------------------------------ loop
 
 
+class Trainer:
+    """The networks of a run with their optimizer, one training step, and what a checkpoint keeps of them."""
+    PARTS = ("encoder", "target", "predictor", "heads")
+
+    def __init__(self, config, device, ranks=1):
+        self.config, self.device = config, device
+        self.model = build(config).to(device)
+        self.objective = self.model.objective
+        self.optimizer = make_optimizer(self.model, config)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.update_target = get_ema_multi_avg_fn(config.ema)
+        self.healthy = torch.ones((), dtype=torch.bool, device=device)  # read seldom: reading waits for the device
+        self.autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+        if config.compile == "yes" or config.compile == "auto" and device.type == "cuda":
+            self.model.compile(dynamic=True)
+        # A static graph may leave parameters without gradient: the released code's latent-dynamics head.
+        self.forward = DistributedDataParallel(self.model, static_graph=True) if ranks > 1 else self.model
+
+    def step(self, step, clips, masks):
+        """Forward, backward, optimizer, EMA. Returns losses by name, targets [B, N, 4D], gradient norm."""
+        # Reseeded so that what a term draws is fresh at every step, equal on all ranks, and the same after a resume.
+        torch.manual_seed(self.config.seed * 1_000_003 + step)
+        clips = clips.to(self.device, non_blocking=True)
+        masks = [tuple(tokens.to(self.device, non_blocking=True) for tokens in mask) for mask in masks]
+        weights = coefficients(self.objective, step, self.config.steps)
+        # Tensors, since a compiled step would be compiled again for every new Python number.
+        weights = dict(zip(weights, torch.tensor(list(weights.values())).to(self.device, non_blocking=True)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, step)
+        with self.autocast:
+            values, h = self.forward(clips, masks, weights)
+        values["total"].backward()
+        gradient_norm = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.objective.ema:
+            with torch.no_grad():
+                self.update_target(list(self.model.target.parameters()), list(self.model.encoder.parameters()), None)
+        self.healthy &= values["total"].isfinite() & gradient_norm.isfinite()
+        return {name: value.detach() for name, value in values.items()}, h, gradient_norm
+
+    def save(self, folder, step):
+        """Write all that a later process needs to go on with `step` as its first step."""
+        buffer = io.BytesIO()
+        torch.save({"config": asdict(self.config), "step": step, "evaluated": self.objective.evaluated,
+                    "optimizer": self.optimizer.state_dict(),
+                    **{part: getattr(self.model, part).state_dict() for part in self.PARTS}}, buffer)
+        write_file(folder / "last.pt", buffer.getvalue())
+
+    def load(self, checkpoint):
+        """Take over a checkpoint; returns the first step to do."""
+        for part in self.PARTS:
+            getattr(self.model, part).load_state_dict(checkpoint[part])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        return checkpoint["step"]
+
+
 class StopSignal:
     """Remembers Ctrl-C and SIGTERM, so that the loop ends after a whole step. A second one ends at once."""
 
-    def __init__(self):
+    def __enter__(self):
         self.received = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
     def receive(self, number, frame):
         self.received = number
         signal.signal(number, signal.SIG_DFL)
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def agree(self, device):
+        """A signal that reached any rank has reached all: a rank that stopped alone would leave the others waiting."""
+        received = torch.tensor(self.received, device=device)
+        dist.all_reduce(received, op=dist.ReduceOp.MAX)
+        self.received = received.item()
 
 
 def start_ranks(config):
@@ -300,122 +357,83 @@ def start_ranks(config):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if config.batch % ranks:
-        raise ValueError(f"--batch {config.batch} is shared by {ranks} ranks; choose a multiple of {ranks}")
     if ranks == 1:
         return 0, 1, torch.device(name)
-    local = int(os.environ["LOCAL_RANK"])
+    device = torch.device(name, int(os.environ["LOCAL_RANK"])) if name == "cuda" else torch.device(name)
     if name == "cuda":
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if name == "cuda" else "gloo")
-    return dist.get_rank(), ranks, torch.device(name, local) if name == "cuda" else torch.device(name)
+    return dist.get_rank(), ranks, device
 
 
 def train(config, resume=False):
-    """Run a Config to its end (or to a signal); returns 0, or the number of the signal that stopped it."""
+    """Run a Config to its end, or to a signal; returns 0, or that signal's number."""
     rank, ranks, device = start_ranks(config)
-    model = build(config).to(device)
-    objective = model.objective
+    trainer = Trainer(config, device, ranks)
+    objective = trainer.objective
     grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
+    sample_masks(1, grid, objective.masking, torch.Generator())  # a grid too small is refused before anything is written
     batches = data.Batches(training_source(config), config.batch, config.steps, config.seed,
                            functools.partial(draw_masks, grid=grid, masking=objective.masking), rank, ranks)
-    sample_masks(1, grid, objective.masking, torch.Generator())  # a grid too small is refused before anything is written
     folder, checkpoint = open_run(config, resume) if rank == 0 else (Path(config.out), None)
     if ranks > 1:
         box = [checkpoint]
         dist.broadcast_object_list(box)
         checkpoint = box[0]
-    optimizer = make_optimizer(model, config)
-    start = 0
-    if checkpoint:
-        for name in ("encoder", "target", "predictor", "heads"):
-            getattr(model, name).load_state_dict(checkpoint[name])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        start = checkpoint["step"]
-    if config.compile == "yes" or config.compile == "auto" and device.type == "cuda":
-        model.compile(dynamic=True)
-    # A static graph may leave parameters without gradient: the released code's latent-dynamics head.
-    step_model = DistributedDataParallel(model, static_graph=True) if ranks > 1 else model
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-    update_target = get_ema_multi_avg_fn(config.ema)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    healthy = torch.ones((), dtype=torch.bool, device=device)
-    broken = data.Broken()
-    stop = StopSignal()
+    start = trainer.load(checkpoint) if checkpoint else 0
     metrics = Metrics(folder / "metrics.csv", start) if rank == 0 else None
-    bar = tqdm(total=config.steps, initial=start, unit="step", disable=rank > 0, desc=config.objective)
-    began, last = time.perf_counter(), start
+    broken = data.Broken()
+    began, timed_from = time.perf_counter(), start
+    with StopSignal() as stop, tqdm(total=config.steps, initial=start, unit="step", disable=rank > 0,
+                                    desc=config.objective) as bar:
+        for step, (clips, masks, unreadable) in enumerate(data.loader(batches, start, config.workers), start):
+            values, h, gradient_norm = trainer.step(step, clips, masks)
+            broken.add(unreadable, len(clips))
+            bar.update()
 
-    for step, (clips, masks, unreadable) in enumerate(data.loader(batches, start, config.workers), start):
-        # Reseeded so that what a term draws is fresh at every step, equal on all ranks, and the same after a resume.
-        torch.manual_seed(config.seed * 1_000_003 + step)
-        clips = clips.to(device, non_blocking=True)
-        masks = [tuple(tokens.to(device, non_blocking=True) for tokens in mask) for mask in masks]
-        weights = coefficients(objective, step, config.steps)
-        # Tensors, since a compiled step would be compiled again for every new Python number.
-        on_device = torch.tensor(list(weights.values())).to(device, non_blocking=True)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        with autocast:
-            values, h = step_model(clips, masks, dict(zip(weights, on_device)))
-        values["total"].backward()
-        gradient_norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        optimizer.step()
-        optimizer.zero_grad()
-        if objective.ema:
-            with torch.no_grad():
-                update_target(list(model.target.parameters()), list(model.encoder.parameters()), None)
-        healthy &= values["total"].isfinite() & gradient_norm.isfinite()
-        broken.add(unreadable, len(clips))
-        bar.update()
-
-        final = step + 1 == config.steps
-        log = step % config.log_every == 0 or final
-        if log:  # the only place where the host waits for the device
-            with torch.no_grad():
-                means = mean_over_ranks(torch.stack([value.detach().float() for value in values.values()]))
-            if ranks > 1:
-                anyone = torch.tensor(stop.received, device=device)
-                dist.all_reduce(anyone, op=dist.ReduceOp.MAX)
-                stop.received = int(anyone)
-        stopping = stop.received and (log or ranks == 1)
-        save = (step + 1) % config.save_every == 0 or final or stopping
-        if (log or save) and not healthy:
-            bar.close()
-            raise FloatingPointError(f"the loss or its gradient was not finite by step {step}; {folder}/last.pt is the "
-                                     "last good checkpoint, if there is one; try a lower --lr")
-        if rank == 0 and log:
-            effective_rank, feature_std = (value.item() for value in collapse_meter(h))
-            row = dict(zip(values, means.tolist()))
-            metrics.write({"step": step, **row, "grad_norm": gradient_norm.item(), "lr": learning_rate(config, step),
-                           "ema": config.ema if objective.ema else "", "ctx_weight": weights["ctx"],
-                           "effective_rank": effective_rank, "feature_std": feature_std})
-            speed = (step + 1 - last) * config.batch / (time.perf_counter() - began)
-            began, last = time.perf_counter(), step + 1
-            bar.set_postfix({**{name: f"{value:.3f}" for name, value in row.items()}, "rank": f"{effective_rank:.0f}",
-                             "std": f"{feature_std:.2f}", "clips/s": f"{speed:.0f}",
-                             **({"unreadable": str(broken)} if broken.files else {})})
-            broken.write(folder)
-            if broken.share > config.max_broken:
-                raise ValueError(f"{broken.share:.0%} of the clips cannot be read ({broken}), more than --max-broken "
-                                 f"{config.max_broken:g}; {folder}/unreadable.txt names them")
-        if rank == 0 and save:
-            save_checkpoint(folder, model, optimizer, config, step + 1)
-        if stopping:
-            bar.close()
-            if rank == 0:
-                print(f"stopped after step {step}; the same command with --resume goes on from there")
-            return stop.received
-    bar.close()
+            final = step + 1 == config.steps
+            log = step % config.log_every == 0 or final
+            if log and ranks > 1:
+                stop.agree(device)
+            stopping = stop.received and (log or ranks == 1)
+            save = (step + 1) % config.save_every == 0 or final or stopping
+            if (log or save) and not trainer.healthy:  # here the host waits for the device, and nowhere else
+                raise FloatingPointError(f"the loss or its gradient was not finite by step {step}; {folder}/last.pt is "
+                                         "the last good checkpoint, if there is one; try a lower --lr")
+            if log:
+                means = mean_over_ranks(torch.stack([value.float() for value in values.values()])).tolist()
+            if log and rank == 0:
+                effective_rank, feature_std = (value.item() for value in collapse_meter(h))
+                row = dict(zip(values, means))
+                metrics.write({
+                    "step": step, **row, "grad_norm": gradient_norm.item(), "lr": learning_rate(config, step),
+                    "ema": config.ema if objective.ema else "",
+                    "ctx_weight": coefficients(objective, step, config.steps)["ctx"],
+                    "effective_rank": effective_rank, "feature_std": feature_std})
+                speed = (step + 1 - timed_from) * config.batch / (time.perf_counter() - began)
+                began, timed_from = time.perf_counter(), step + 1
+                shown = {**row, "rank": effective_rank, "std": feature_std, "clips/s": speed}
+                shown = {name: f"{value:.3g}" for name, value in shown.items()}
+                bar.set_postfix({**shown, "unreadable": broken} if broken.files else shown)
+                broken.write(folder)
+                if broken.clips >= 100 and broken.share > config.max_broken:  # fewer would judge by one file
+                    raise ValueError(f"{broken.share:.0%} of the clips cannot be read ({broken}), more than --max-broken "
+                                     f"{config.max_broken:g}; {folder}/unreadable.txt names them")
+            if save and rank == 0:
+                trainer.save(folder, step + 1)
+            if stopping:
+                break
     if rank == 0:
-        if config.probe_clips:
-            print_result(config, model, device)
+        if stop.received:
+            print(f"stopped after step {step}; the same command with --resume goes on from there")
+        elif config.probe_clips:
+            print_result(config, trainer.model, device)
         if broken.files:
             print(f"unreadable: {broken}; {folder}/unreadable.txt names the first")
         print(f"run folder: {folder}")
     if ranks > 1:
         dist.destroy_process_group()
-    return 0
+    return stop.received
 
 
 def print_result(config, model, device):
@@ -502,7 +520,8 @@ def main(arguments=None):
         stopped = train(config, flags.resume)
         return 128 + stopped if stopped else 0
     except (ValueError, FloatingPointError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        # An error in a loader's worker comes with the worker's traceback; its last line is what happened.
+        print("train.py:", str(error).strip().splitlines()[-1].removeprefix("ValueError: "), file=sys.stderr)
         return 1
 
 

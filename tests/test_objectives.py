@@ -531,27 +531,6 @@ def test_velocity_gate_is_open_everywhere_on_a_still_clip():
     torch.testing.assert_close(TERMS["velgate"](still), TERMS["fwm_static"](still, ratio=1.0))
 
 
-class Oscillator(nn.Module):
-    """Energy (|q|^2 + |p|^2) / 2."""
-
-    def forward(self, state):
-        return 0.5 * state.square().sum(-1, keepdim=True)
-
-
-def test_hamiltonian_follows_the_harmonic_oscillator():
-    """q' = q + dt p, then p' = p - dt q': a rotation of the (q, p) plane that the targets of this record follow."""
-    record, dt = make_record((4, 3, 5), 2), 0.1
-    q, p = record.h[:, :15].detach().chunk(2, dim=-1)
-    steps = []
-    for _ in range(4):
-        steps.append(torch.cat((q, p), dim=-1))
-        q = q + dt * p
-        p = p - dt * q
-    record = replace_z(record._replace(h=torch.cat(steps, dim=1)), lambda tokens, h: h)
-    assert TERMS["hamiltonian"](record, Oscillator(), dt=dt).item() == pytest.approx(0, abs=1e-12)
-    assert TERMS["hamiltonian"](record, Oscillator(), dt=2 * dt).item() > 0.01
-
-
 def test_sigreg_of_collapsed_features_is_the_integral_and_of_gaussian_ones_near_one_per_direction():
     record = make_record((4, 3, 5), 3)
     collapsed = replace_z(record, lambda tokens, h: torch.zeros_like(h))

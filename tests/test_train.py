@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import probe
+import synthetic
 import train
 from objectives import OBJECTIVES, as_released
 
@@ -111,13 +112,13 @@ def test_the_target_is_the_closed_form_of_the_moving_average(tmp_path, objective
     config, _ = train.parse(flags)
     beginning = {name: p.double() for name, p in train.build(config).encoder.state_dict().items()}
     encoders = []
-    save = train.save_checkpoint
+    save = train.Trainer.save
 
-    def remember(folder, model, *rest):
-        encoders.append({name: p.double().clone() for name, p in model.encoder.state_dict().items()})
-        save(folder, model, *rest)
+    def remember(trainer, *rest):
+        encoders.append({name: p.double().clone() for name, p in trainer.model.encoder.state_dict().items()})
+        save(trainer, *rest)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "save_checkpoint", remember)
+        patch.setattr(train.Trainer, "save", remember)
         assert train.main(flags) == 0
     target = probe.load_checkpoint(tmp_path / "run" / "last.pt")["target"]
     assert len(encoders) == 12
@@ -240,6 +241,44 @@ def test_torchrun_trains_and_one_rank_writes(tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "run" / "metrics.csv").read_text().count("\n") == 13
     assert probe.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 12
+
+
+# ----------------------------------------------------------------------------------------------------------- own videos
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Eight small videos with a list file, one of them cut short."""
+    folder = tmp_path_factory.mktemp("videos") / "clips"
+    synthetic.write_dataset(folder, synthetic.Shapes(16, 32, 0), 8, 8)
+    (folder / "000003.mp4").write_bytes((folder / "000003.mp4").read_bytes()[:200])
+    return folder
+
+
+@pytest.mark.parametrize("given", ["folder", "list"])
+def test_training_on_ones_own_videos_skips_counts_and_names_what_cannot_be_read(tmp_path, videos, given, capsys):
+    flags = [*QUICK, "--steps", "4", "--data", str(videos if given == "folder" else videos / "videos.csv"),
+             "--max-broken", "0.9", "--out", str(tmp_path / "run")]
+    assert train.main(flags) == 0
+    assert "unreadable: " in capsys.readouterr().out
+    assert "000003.mp4" in (tmp_path / "run" / "unreadable.txt").read_text()
+    assert train.main([*flags[:-1], str(tmp_path / "strict"), "--max-broken", "0.001"]) == 1
+    assert "--max-broken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content, sentence", [("", "no video"), ("a.mp4 x y\n", "line 1"), ("gone.mp4 1\n", "gone.mp4"),
+                                               ("text.mp4 1\n" * 4, "cannot be read")])
+def test_a_list_that_gives_no_clip_is_one_sentence(tmp_path, content, sentence, capsys):
+    (tmp_path / "text.mp4").write_text("hello")
+    (tmp_path / "videos.csv").write_text(content)
+    assert train.main([*QUICK, "--data", str(tmp_path / "videos.csv"), "--out", str(tmp_path / "run")]) == 1
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path, videos, capsys):
+    assert train.main([*QUICK, "--batch", "16", "--data", str(videos), "--out", str(tmp_path / "run")]) == 1
+    assert "larger than the data" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

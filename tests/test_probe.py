@@ -1,0 +1,772 @@
+"""probe.py: heads, few-shot draws and intervals against naive ones; features that survive a kill; foreign weights."""
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import probe
+from miniature import write_datasets
+from model import SIZES, Encoder, load_foreign
+from probe import BENCHMARKS, Labelled, Recipe
+from synthetic import Blobs, Shapes, write_dataset
+
+HERE = Path(__file__).parent
+CONFIG = {"seed": 0, "size": "tiny", "patch": 8, "tubelet": 2, "frames": 4, "crop": 16, "objective": "baseline",
+          "as_released": False}
+
+
+class Clips:
+    """A source that needs no decoding: noise, brighter from class to class. Some clips are broken, one kills."""
+
+    def __init__(self, count, broken=(), kills=None, classes=8, folder=None, frames=4):
+        self.labels = [item % classes for item in range(count)]
+        self.broken, self.kills, self.frames, self.read = broken, kills, frames, []
+        self.paths = [f"{folder}/{item}.mp4" for item in range(count)]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def where(self, item):
+        return "clips", self.paths[item]
+
+    def evaluation_clip(self, item):
+        self.read.append(item)
+        if item in self.broken:
+            raise data.Unreadable(self.paths[item], "it is broken")
+        if item == self.kills:
+            os.kill(os.getpid(), signal.SIGKILL)
+        noise = torch.randint(32, (3, 4, 16, 16), generator=torch.Generator().manual_seed(item), dtype=torch.uint8)
+        return noise[:, :self.frames] + 32 * self.labels[item]
+
+
+def make_checkpoint(folder, seed=0, **changes):
+    """last.pt as train.py writes it, with random weights: the target's are others than the encoder's."""
+    config = {**CONFIG, "seed": seed, **changes}
+    target = probe.make_encoder({**config, "seed": seed + 100})
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"config": config, "step": 7, "evaluated": "target", "target": target.state_dict(),
+                "encoder": probe.make_encoder(config).state_dict()}, folder / "last.pt")
+    return str(folder / "last.pt")
+
+
+def make_subject(folder, seed=0, frames=4, crop=16):
+    config = {**CONFIG, "seed": seed, "frames": frames, "crop": crop}
+    return probe.Subject(probe.make_encoder(config), config, "", folder)
+
+
+@pytest.fixture
+def quick_blobs(monkeypatch):
+    """The blobs benchmark with `Clips` in the place of blobs."""
+    monkeypatch.setattr(probe, "BlobClips", lambda frames, crop, count, seed: Clips(count, folder=seed))
+
+
+def result(folder, name="blobs"):
+    return json.loads((folder / f"results-{name}.json").read_text())
+
+
+# ---------------------------------------------------------------------------------------------------------- recipes
+
+
+def test_the_benchmarks_are_those_of_the_study():
+    """METHOD.md section 8: head, pooling, learning rate, batch, epochs."""
+    assert BENCHMARKS == {"diving48": ("attentive", False, 1e-3, 16, 100), "ssv2": ("attentive", True, 1e-3, 16, 100),
+                          "imagenet100": ("linear", True, 1e-3, 256, 50), "ucf101": ("attentive", False, 3e-4, 16, 100),
+                          "blobs": ("attentive", False, 3e-4, 32, 100)}
+    assert probe.WEIGHT_DECAY == 0.01
+
+
+def test_blobs_are_the_first_frames_resized_in_balanced_directions():
+    source = probe.BlobClips(frames=8, crop=80, count=40, seed=3)
+    assert len(source) == 40 and np.bincount(source.labels).tolist() == [5] * 8
+    clip, whole = source.evaluation_clip(9), Blobs(3).video(9)[0]
+    assert clip.shape == (3, 8, 80, 80) and clip.dtype == torch.uint8 and source.labels[9] == Blobs(3).video(9)[1]
+    # Bilinear with antialiasing halves a picture by weights 1 3 3 1, so far from the border:
+    weights = torch.tensor([1.0, 3, 3, 1]) / 8
+    block = whole[1, 5, 39:43, 59:63].float()
+    assert clip[1, 5, 20, 30].item() == pytest.approx((weights @ block @ weights).item(), abs=1)
+    assert probe.BlobClips(32, 160, 1, 3).evaluation_clip(0).equal(Blobs(3).video(0)[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ heads
+
+
+def naive_attentive_logits(head, tokens):
+    """One clip [N, D], float64: self-attention of class token and tokens, a head and a query at a time."""
+    x = torch.cat((head.token[0], tokens))  # (1 + N, D)
+    width = x.shape[1]
+    size = width // 8
+    weight, bias = head.attention.in_proj_weight, head.attention.in_proj_bias
+    q, k, v = [x @ weight[i * width:(i + 1) * width].T + bias[i * width:(i + 1) * width] for i in range(3)]
+    attended = torch.zeros_like(x)
+    for h, i in itertools.product(range(8), range(len(x))):
+        part = slice(h * size, (h + 1) * size)
+        scores = [torch.dot(q[i, part], k[j, part]) / math.sqrt(size) for j in range(len(x))]
+        shares = torch.stack(scores).exp() / sum(score.exp() for score in scores)
+        for j in range(len(x)):
+            attended[i, part] += shares[j] * v[j, part]
+    x = x + attended @ head.attention.out_proj.weight.T + head.attention.out_proj.bias
+    read = x[0]
+    read = (read - read.mean()) / torch.sqrt(((read - read.mean()) ** 2).mean() + 1e-5)
+    return (read * head.norm.weight + head.norm.bias) @ head.linear.weight.T + head.linear.bias
+
+
+def test_the_attentive_head_equals_full_self_attention_read_at_the_class_token():
+    torch.manual_seed(0)
+    head = probe.AttentiveHead(16, 5).double()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+        tokens = torch.randn(3, 4, 16, dtype=torch.float64)
+        expected = torch.stack([naive_attentive_logits(head, clip) for clip in tokens])
+        torch.testing.assert_close(head(tokens), expected, rtol=1e-10, atol=1e-10)
+        # Pooled clips are clips of one token.
+        one = naive_attentive_logits(head, tokens[2, :1])
+        torch.testing.assert_close(head(tokens[:, :1])[2], one, rtol=1e-10, atol=1e-10)
+
+
+def make_set(count, width=16, tokens=3, spread=0.0, seed=0):
+    """Clips of four classes; `spread` parts them along an axis for each class, 0 leaves noise."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(4, (count,), generator=generator)
+    features = torch.randn(count, tokens, width, generator=generator)
+    features[torch.arange(count), :, labels] += spread
+    return Labelled(features, labels)
+
+
+@pytest.mark.parametrize("head", ["attentive", "linear", "standardised"])
+def test_heads_learn_what_is_separable_and_nothing_from_noise(head):
+    recipe = Recipe(head, head == "standardised", 1e-2, 64, 30)
+    chance = 25 - 4 * 1.94, 25 + 4 * 1.94  # within four deviations of 500 answers
+    for spread, (low, high) in ((8.0, (99, 100)), (0.0, chance)):
+        train, test = (make_set(count, spread=spread, seed=seed) for count, seed in ((300, 0), (500, 1)))
+        train, test = (train.pool(), test.pool()) if recipe.pooled else (train, test)
+        assert low <= probe.accuracy(recipe, train, test, 0, "cpu") <= high, spread
+
+
+def test_only_the_standardised_head_is_blind_to_scale_and_offset():
+    train, test = make_set(200, spread=4.0).pool(), make_set(200, spread=4.0, seed=1).pool()
+    scale, offset = torch.logspace(-3, 1, 16), torch.linspace(-5, 5, 16)  # what parts the classes becomes tiny
+    moved = [Labelled(clips.features * scale + offset, clips.labels) for clips in (train, test)]
+    found = {head: [probe.accuracy(Recipe(head, True, 1e-2, 32, 10), *pair, 0, "cpu")
+                    for pair in ((train, test), moved)] for head in ("linear", "standardised")}
+    assert min(found["standardised"]) > 95
+    assert found["standardised"][0] == pytest.approx(found["standardised"][1], abs=1)
+    assert found["linear"][0] > 95 and found["linear"][1] < 60
+
+
+def test_hidden_labels_teach_nothing_and_seeds_give_other_heads():
+    recipe, test = Recipe("attentive", False, 1e-2, 16, 3), make_set(200, spread=2.0, seed=1)
+    whole = make_set(80, spread=2.0)
+    first = Labelled(whole.features[:40], whole.labels[:40])
+    hidden = Labelled(whole.features, torch.where(torch.arange(80) < 40, whole.labels, -1))
+    assert probe.accuracy(recipe, first, test, 0, "cpu") == probe.accuracy(recipe, hidden, test, 0, "cpu")
+    found = [probe.accuracy(recipe._replace(epochs=1), whole, test, seed, "cpu") for seed in (0, 0, 1, 2, 3)]
+    assert found[0] == found[1] and len(set(found)) > 1
+
+
+# ------------------------------------------------------------------------------------------------------- few labels
+
+
+@pytest.mark.parametrize("count, t", [(2, 12.7062), (3, 4.3027), (5, 2.7764), (10, 2.2622), (600, 1.9639)])
+def test_the_interval_is_student_ts(count, t):
+    values = torch.randn(count, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
+    deviation = math.sqrt(sum((value - values.mean()) ** 2 for value in values) / (count - 1))
+    assert probe.interval(values) == pytest.approx(t * deviation / math.sqrt(count), rel=1e-4)
+
+
+def test_k_shot_draws_are_balanced_nested_and_depend_on_labels_and_seed_alone():
+    labels = torch.randint(6, (400,), generator=torch.Generator().manual_seed(0))
+    labels[:3] = 6  # a class of three clips
+    labels[3:][labels[3:] == 6] = 0
+    shown = {shots: probe.draw_shots(labels, shots, 5) for shots in (1, 5, 10)}
+    for shots, few in shown.items():
+        assert (few[few >= 0] == labels[few >= 0]).all()
+        assert few[few >= 0].bincount().tolist() == [shots] * 6 + [min(3, shots)]
+    assert (shown[5][shown[1] >= 0] >= 0).all() and (shown[10][shown[5] >= 0] >= 0).all()
+    assert torch.equal(probe.draw_shots(labels.clone(), 5, 5), shown[5])
+    assert not torch.equal(probe.draw_shots(labels, 5, 6), shown[5])
+
+
+def naive_episode_accuracy(train, test, support, query):
+    """In loops and plain Python: percent of the query clips whose nearest class mean is their class's."""
+    def unit(vector):
+        length = math.sqrt(sum(float(value) ** 2 for value in vector))
+        return [float(value) / length for value in vector]
+
+    means = {}
+    for clips in support:
+        vectors = [unit(train.features[clip, 0]) for clip in clips]
+        means[int(train.labels[clips[0]])] = [sum(column) / len(vectors) for column in zip(*vectors)]
+    right = 0
+    for clip in query:
+        vector = unit(test.features[clip, 0])
+        distance = {label: sum((a - b) ** 2 for a, b in zip(vector, mean)) for label, mean in means.items()}
+        right += min(distance, key=distance.get) == int(test.labels[clip])
+    return 100 * right / len(query)
+
+
+@pytest.mark.parametrize("way, shot", [(4, 1), (2, 5)])
+def test_episodes_equal_naive_ones(way, shot):
+    train, test = make_set(60, spread=1.0).pool(), make_set(50, spread=1.0, seed=1).pool()
+    drawn = probe.draw_episodes(train.labels, test.labels, way, shot, 20, 3)
+    expected = [naive_episode_accuracy(train, test, *clips) for clips in drawn]
+    found = probe.episode_accuracies(train, test, way, shot, 20, 3)
+    assert found.tolist() == pytest.approx(expected) and len(set(expected)) > 5
+
+
+def test_episodes_hold_the_right_clips_and_depend_on_labels_and_seed_alone():
+    train, test = torch.arange(70) % 7, torch.cat((torch.arange(140) % 7, torch.tensor([7] * 9)))
+    train[:7] = torch.arange(7)
+    test[test == 3] = 2  # class 3 has nothing to test, class 7 nothing to learn from
+    drawn = probe.draw_episodes(train, test, 5, 2, 50, 1)
+    for support, query in drawn:
+        classes = train[support[:, 0]]
+        assert support.shape == (5, 2) and (train[support] == classes[:, None]).all()
+        assert len(set(classes.tolist())) == 5 and not {3, 7} & set(classes.tolist())
+        assert all(len(set(row.tolist())) == 2 for row in support) and len(set(query.tolist())) == len(query)
+        assert test[query].unique(return_counts=True)[1].tolist() == [15] * 5
+        assert set(test[query].tolist()) == set(classes.tolist())
+    again, other = probe.draw_episodes(train, test, 5, 2, 50, 1), probe.draw_episodes(train, test, 5, 2, 50, 2)
+    same = [all(map(np.array_equal, a, b)) for a, b in zip(drawn, again)]
+    assert all(same) and not any(all(map(np.array_equal, a, b)) for a, b in zip(drawn, other))
+    with pytest.raises(ValueError, match="7-way 2-shot episode needs 7 classes .* 6 have them"):
+        probe.draw_episodes(train, test, 7, 2, 1, 0)
+
+
+def test_episodes_are_perfect_on_clusters_and_at_chance_on_noise():
+    clusters = make_set(100, spread=40.0).pool(), make_set(100, spread=40.0, seed=1).pool()
+    assert (probe.episode_accuracies(*clusters, 4, 1, 30, 0) == 100).all()
+    noise = make_set(2000).pool(), make_set(2000, seed=1).pool()
+    assert probe.episode_accuracies(*noise, 4, 5, 400, 0).mean().item() == pytest.approx(25, abs=1.5)
+
+
+def test_synthetic_episodes_of_random_weights_know_appearance():
+    """Any weights show how large and bright a shape is, and that differs between appearances."""
+    encoder = probe.make_encoder({**CONFIG, "frames": 8, "crop": 32})
+    found = probe.synthetic_episodes(encoder, 8, 32, count=120, episodes=40)
+    assert list(found) == [f"{factor}, 5-way {shot}-shot episodes" for factor in ("direction", "appearance")
+                           for shot in (1, 5)]
+    assert found == probe.synthetic_episodes(encoder, 8, 32, count=120, episodes=40)
+    assert all(len(each["values"]) == 40 for each in found.values())
+    appearance = found["appearance, 5-way 5-shot episodes"]
+    assert appearance["mean"] - appearance["interval95"] > 20
+
+
+# -------------------------------------------------------------------------------------------------- features in a file
+
+
+def naive_features(subject, source, pooled):
+    """Each clip that can be read, alone: float32 [n, N or 1, D]."""
+    clips = [source.evaluation_clip(item) for item in range(len(source)) if item not in source.broken]
+    tokens = torch.cat([probe.last_level(subject.encoder, clip.unsqueeze(0)) for clip in clips])
+    return tokens.mean(1, keepdim=True) if pooled else tokens
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_features_are_the_last_level_of_every_clip_that_can_be_read(tmp_path, pooled, workers):
+    subject, source = make_subject(tmp_path), Clips(40, broken=[0, 17, 18, 39])
+    found, note = probe.extract(subject, source, "x", pooled, workers)
+    expected = naive_features(subject, source, pooled)
+    assert isinstance(found.features, np.memmap) and found.features.dtype == np.float16
+    assert found.features.shape == (36, 1 if pooled else 2 * 2 * 2, 128) and found.features.shape == expected.shape
+    torch.testing.assert_close(torch.tensor(found.features).float(), expected, rtol=2e-3, atol=2e-3)
+    assert found.labels.tolist() == [source.labels[item] for item in range(40) if item not in source.broken]
+    assert [item for item, _ in note["unreadable"]] == [0, 17, 18, 39]
+    assert all(source.paths[item] in sentence and "broken" in sentence for item, sentence in note["unreadable"])
+    torch.testing.assert_close(found.pool().features, torch.tensor(found.features).float().mean(1, keepdim=True))
+
+
+KILLED = """
+import sys
+sys.path[:0] = [{main!r}, {tests!r}]
+import torch, probe, test_probe
+torch.set_num_threads({threads})
+probe.SAVE_EVERY = 1
+probe.BlobClips = lambda frames, crop, count, seed: test_probe.Clips(count, [3, 20], 100, folder=seed)
+probe.main(["--checkpoint", {checkpoint!r}, "--benchmark", "blobs", "--workers", "0"])
+"""
+
+
+def test_a_killed_extraction_goes_on_and_writes_the_same_features_to_the_bit(tmp_path, monkeypatch):
+    """The source kills its own process when asked for clip 100, in the middle of a batch."""
+    checkpoint = make_checkpoint(tmp_path / "killed")
+    script = KILLED.format(main=str(HERE.parent), tests=str(HERE), checkpoint=checkpoint,
+                           threads=torch.get_num_threads())
+    finished = subprocess.run([sys.executable, "-c", script], timeout=120)
+    assert finished.returncode == -signal.SIGKILL
+    note = tmp_path / "killed" / "features-blobs-train.json"
+    assert json.loads(note.read_text())["done"] == 96 and not list((tmp_path / "killed").glob("*.tmp"))
+    sources = []
+
+    def remember(frames, crop, count, seed):
+        sources.append(Clips(count, [3, 20], folder=seed))
+        return sources[-1]
+    monkeypatch.setattr(probe, "BlobClips", remember)
+    flags = ["--benchmark", "blobs", "--workers", "0", "--probe-epochs", "1"]
+    for folder, first in (("killed", 96), ("whole", 0)):
+        assert probe.main(["--checkpoint", make_checkpoint(tmp_path / folder), *flags]) == 0
+        assert sources[-2].read == list(range(first, 160))
+    for split in ("train", "test"):
+        for suffix in ("npy", "json"):
+            one, other = ((tmp_path / folder / f"features-blobs-{split}.{suffix}").read_bytes()
+                          for folder in ("killed", "whole"))
+            assert one == other
+
+
+def test_features_are_used_again_only_for_the_same_weights_clips_and_sizes(tmp_path):
+    def read(subject=None, source=None, pooled=False):
+        """How many of five clips an extraction had to read."""
+        source = source or Clips(5, folder=tmp_path)
+        found, _ = probe.extract(subject or make_subject(tmp_path), source, "x", pooled, 0)
+        assert found.labels.tolist() == source.labels
+        return len(source.read)
+
+    def relabelled():
+        source = Clips(5, folder=tmp_path)
+        source.labels[4] = 7
+        return source
+
+    changed = make_subject(tmp_path)
+    with torch.no_grad():
+        changed.encoder.blocks[2].mlp.fc1.bias[5] += 0.5
+    assert read() == 5 and read() == 0
+    for options in ({"subject": changed}, {"pooled": True}, {"source": Clips(5, folder=tmp_path / "elsewhere")},
+                    {"source": relabelled()}, {"subject": make_subject(tmp_path, frames=2, crop=16),
+                                               "source": Clips(5, folder=tmp_path, frames=2)}):
+        assert read(**options) == 5 and read() == 5, options
+    features = torch.tensor(np.load(tmp_path / "features-x.npy")).float()
+    torch.testing.assert_close(features, naive_features(make_subject(tmp_path), Clips(5), False), rtol=2e-3, atol=2e-3)
+    for content in (b"a file", b"a larger file"):
+        (tmp_path / "3.mp4").write_bytes(content)
+        assert read() == 5 and read() == 0
+    assert read(source=Clips(6, folder=tmp_path)) == 6
+
+
+@pytest.mark.parametrize("damage", ["note gone", "note empty", "note cut", "features gone", "features cut"])
+def test_damaged_features_are_made_again(tmp_path, damage):
+    subject, source = make_subject(tmp_path), Clips(20)
+    whole = np.array(probe.extract(subject, source, "x", False, 0)[0].features)
+    file = tmp_path / ("features-x.json" if "note" in damage else "features-x.npy")
+    if "gone" in damage:
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:0 if "empty" in damage else 50])
+    assert np.array_equal(probe.extract(subject, source, "x", False, 0)[0].features, whole)
+    assert len(source.read) == 40
+
+
+def test_a_disk_that_is_too_small_is_told_before_work_begins(tmp_path, monkeypatch):
+    source = Clips(20)
+    monkeypatch.setattr(probe.shutil, "disk_usage", lambda folder: SimpleNamespace(free=20 * 8 * 128 * 2 - 1))
+    with pytest.raises(ValueError, match="20 clips take 0.0 GB"):
+        probe.extract(make_subject(tmp_path), source, "x", False, 0)
+    assert source.read == [] and list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+def test_a_result_says_how_it_came_about(tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "BlobClips", lambda frames, crop, count, seed: Clips(count // 4, [5], folder=seed))
+    checkpoint = make_checkpoint(tmp_path)
+    assert probe.main(["--checkpoint", checkpoint, "--benchmark", "blobs", "--seeds", "2", "--workers", "0"]) == 0
+    found = result(tmp_path)
+    assert found["checkpoint"] == checkpoint and found["encoder"] == "baseline, target encoder at step 7"
+    assert found["sha256"] == probe.encoder_fingerprint(probe.make_encoder({**CONFIG, "seed": 100}))
+    assert (found["train"]["clips"], found["test"]["clips"]) == (39, 9)
+    unreadable = found["train"]["unreadable"] + found["test"]["unreadable"]
+    assert ["5.mp4" in sentence for sentence in unreadable] == [True] * 2
+    assert list(found["measurements"]) == ["all labels, attentive head"]
+    each = found["measurements"]["all labels, attentive head"]
+    assert {**each["how"], "labels": 0} == {"head": "attentive", "pooled": False, "lr": 3e-4, "batch": 32,
+                                            "epochs": 100, "weight_decay": 0.01, "seeds": [0, 1], "labels": 0}
+    assert min(each["values"]) > 60  # classes differ in brightness, and chance is 12.5
+    assert each["mean"] == pytest.approx(sum(each["values"]) / 2)
+    assert each["deviation"] == pytest.approx(abs(each["values"][0] - each["values"][1]) / math.sqrt(2))
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    """Few-shot results of two checkpoints with other weights, in folders a and b."""
+    root = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "BlobClips", lambda frames, crop, count, seed: Clips(count, folder=seed))
+        for folder, seed in (("a", 0), ("b", 1)):
+            assert probe.main(["--checkpoint", make_checkpoint(root / folder, seed), "--benchmark", "blobs", "--shots",
+                               "1,3", "--episodes", "30", "--probe-epochs", "1", "--workers", "0"]) == 0
+    return root
+
+
+@pytest.fixture
+def two_results(two_runs, tmp_path, quick_blobs):
+    """A copy of both runs to work on: their results."""
+    shutil.copytree(two_runs, tmp_path / "runs")
+    return [tmp_path / "runs" / folder / "results-blobs.json" for folder in ("a", "b")]
+
+
+def test_two_checkpoints_get_the_same_draws_and_are_compared_in_pairs(two_results, capsys):
+    a, b = (json.loads(path.read_text())["measurements"] for path in two_results)
+    names = [f"{shots}-shot, {head} head" for head in ("attentive", "standardised") for shots in (1, 3)]
+    assert list(a) == list(b) == names + ["5-way 1-shot episodes", "5-way 5-shot episodes"]
+    assert [a[name]["how"] for name in a] == [b[name]["how"] for name in b]
+    assert [a[name]["values"] for name in a] != [b[name]["values"] for name in b]
+    assert a["3-shot, attentive head"]["how"]["labelled"] == 24 and len(a["3-shot, attentive head"]["values"]) == 5
+    capsys.readouterr()
+    assert probe.main(["--compare", *map(str, two_results)]) == 0
+    lines = capsys.readouterr().out.splitlines()[3:]
+    assert len(lines) == len(a)
+    for line, name in zip(lines, a):
+        difference = np.subtract(b[name]["values"], a[name]["values"])
+        half = probe.interval(torch.tensor(difference))
+        assert line.startswith(name) and f"{difference.mean():+.2f} ± {half:.2f}" in " ".join(line.split())
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (["--seed", "1", "--shots", "1"], "'1-shot, attentive head' do not match: its seed differ"),
+    (["--probe-epochs", "2", "--shots", "3"], "'3-shot, attentive head' do not match: its epochs differ"),
+    (["--episodes", "31"], "'5-way 1-shot episodes' do not match: its episodes differ"),
+])
+def test_other_draws_are_not_compared(two_results, capsys, change, sentence):
+    flags = ["--checkpoint", str(two_results[1].parent / "last.pt"), "--benchmark", "blobs", "--workers", "0"]
+    kept = set(json.loads(two_results[1].read_text())["measurements"])
+    assert probe.main([*flags, "--probe-epochs", "1", *change]) == 0
+    assert set(json.loads(two_results[1].read_text())["measurements"]) == kept  # the others are still there
+    assert probe.main(["--compare", *map(str, two_results)]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+def test_other_labels_are_not_compared_and_replace_what_was_measured_before(two_results, monkeypatch, capsys):
+    monkeypatch.setattr(probe, "BlobClips", lambda frames, crop, count, seed: Clips(count, classes=7, folder=seed))
+    assert probe.main(["--checkpoint", str(two_results[1].parent / "last.pt"), "--benchmark", "blobs", "--workers", "0",
+                       "--episodes", "30"]) == 0
+    kept = json.loads(two_results[1].read_text())["measurements"]
+    assert list(kept) == ["5-way 1-shot episodes", "5-way 5-shot episodes"]
+    assert probe.main(["--compare", *map(str, two_results)]) == 1
+    assert "its labels differ" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------- real commands on real files
+
+
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory):
+    """All four datasets in their true containers: three classes, of each five clips to train on and one to test."""
+    root = tmp_path_factory.mktemp("datasets")
+    write_datasets(root, train=5, test=1)
+    return root
+
+
+@pytest.mark.parametrize("benchmark", ["diving48", "ssv2", "imagenet100", "ucf101"])
+def test_the_benchmarks_run_from_their_publishers_files(tmp_path, miniature, benchmark):
+    checkpoint = make_checkpoint(tmp_path, frames=4, crop=32)
+    flags = ["--checkpoint", checkpoint, "--benchmark", benchmark, "--root", str(miniature), "--workers", "0"]
+    assert probe.main([*flags, "--probe-epochs", "2"]) == 0
+    assert probe.main([*flags, "--probe-epochs", "1", "--shots", "1,5", "--episodes", "10", "--way", "3"]) == 0
+    found, recipe = result(tmp_path, benchmark), BENCHMARKS[benchmark]
+    assert (found["train"]["clips"], found["test"]["clips"]) == (15, 3)
+    few = [f"{k}-shot, {head} head" for head in (recipe.head, "standardised") for k in (1, 5)]
+    assert list(found["measurements"]) == [f"all labels, {recipe.head} head", *few, "3-way 1-shot episodes",
+                                           "3-way 5-shot episodes"]
+    how = found["measurements"][f"all labels, {recipe.head} head"]["how"]
+    assert {key: how[key] for key in recipe._fields} == recipe._replace(epochs=2)._asdict()
+    features = np.load(tmp_path / f"features-{benchmark}-test.npy")
+    assert features.shape == (3, 1 if recipe.pooled else 2 * 4 * 4, 128)
+    clip = data.open_dataset(benchmark, miniature, "test", 4, 32).evaluation_clip(2)
+    encoder = probe.make_encoder({**CONFIG, "seed": 100})
+    tokens = probe.last_level(encoder, clip.unsqueeze(0))[0]
+    expected = tokens.mean(0, keepdim=True) if recipe.pooled else tokens
+    torch.testing.assert_close(torch.tensor(features[2]).float(), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_lists_of_ones_own_leave_out_and_name_what_is_broken(tmp_path, capsys):
+    write_dataset(tmp_path / "clips", Shapes(8, 32, 0), 6, 8)
+    (tmp_path / "clips" / "000004.mp4").write_bytes(b"no video")
+    checkpoint, videos = make_checkpoint(tmp_path / "run", frames=4, crop=32), str(tmp_path / "clips" / "videos.csv")
+    flags = ["--checkpoint", checkpoint, "--train-list", videos, "--test-list", videos]
+    assert probe.main([*flags, "--probe-epochs", "1", "--workers", "1", "--untrained"]) == 0
+    found = result(tmp_path / "run", "own-videos-untrained")
+    assert found["train"]["clips"] == 5 and "000004.mp4" in found["train"]["unreadable"][0]
+    assert "1 of 6 clips" in capsys.readouterr().out and found["sha256"] == probe.encoder_fingerprint(
+        probe.make_encoder({**CONFIG, "seed": 0}))
+    assert found["measurements"]["all labels, attentive head"]["how"]["lr"] == BENCHMARKS["diving48"].lr
+
+
+def test_without_a_benchmark_it_probes_generated_clips(tmp_path, quick_blobs, capsys):
+    flags = ["--checkpoint", make_checkpoint(tmp_path, frames=4, crop=16), "--clips", "64", "--workers", "0"]
+    assert probe.main([*flags, "--probe-epochs", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["baseline,", "top-1", "linear", "attentive"]
+    assert all(name in line for line in lines[2:4] for name in ("direction", "speed", "appearance"))
+    assert result(tmp_path)["benchmark"] == "blobs"
+    assert probe.main([*flags, "--episodes", "20", "--way", "3"]) == 0
+    assert "direction, 3-way 1-shot episodes" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------- foreign weights
+
+
+def foreign(encoder):
+    """The weights of our Encoder under the names of V-JEPA 2.1, written out."""
+    weights = {"patch_embed.proj.weight": encoder.embed.weight, "patch_embed.proj.bias": encoder.embed.bias,
+               "video_mod_embed": encoder.video}
+    for i, block in enumerate(encoder.blocks):
+        for part, layer in (("norm1", block.norm1), ("attn.qkv", block.attn.qkv), ("attn.proj", block.attn.proj),
+                            ("norm2", block.norm2), ("mlp.fc1", block.mlp.fc1), ("mlp.fc2", block.mlp.fc2)):
+            weights |= {f"blocks.{i}.{part}.weight": layer.weight, f"blocks.{i}.{part}.bias": layer.bias}
+    for i, norm in enumerate(encoder.norms):
+        weights |= {f"norms_block.{i}.weight": norm.weight, f"norms_block.{i}.bias": norm.bias}
+    return {name: weight.detach() for name, weight in weights.items()}
+
+
+def random_encoder(seed):
+    """With every weight random, also the zeros and ones of fresh biases and norms."""
+    torch.manual_seed(seed)
+    encoder = Encoder(SIZES["tiny"], patch=4, tubelet=2)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return encoder
+
+
+UNUSED = {"patch_embed_img.proj.weight": torch.zeros(128, 3, 1, 4, 4), "patch_embed_img.proj.bias": torch.zeros(128),
+          "img_mod_embed": torch.zeros(1, 1, 128)}
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
+@pytest.mark.parametrize("unused", [{}, UNUSED])
+def test_foreign_weights_give_the_same_outputs_under_every_style_of_names(tmp_path, prefix, unused):
+    source = random_encoder(1)
+    weights = {prefix + name: weight for name, weight in {**foreign(source), **unused}.items()}
+    torch.save({"encoder": weights, "epoch": 3, "predictor": {"module.x": torch.zeros(2)}}, tmp_path / "w.pt")
+    loaded, about = load_foreign(tmp_path / "w.pt")
+    assert about == {"size": "tiny", "patch": 4, "tubelet": 2, "weights": "encoder"}
+    clips = torch.randn(2, 3, 4, 12, 8)
+    with torch.no_grad():
+        assert torch.equal(loaded(clips), source(clips))
+
+
+@pytest.mark.parametrize("there, taken", [(("encoder", "target_encoder", "ema_encoder"), "ema_encoder"),
+                                          (("target_encoder", "encoder"), "target_encoder"), (("encoder",), "encoder")])
+def test_the_averaged_weights_come_first(tmp_path, there, taken):
+    sources = {name: random_encoder(seed) for seed, name in enumerate(there)}
+    torch.save({name: foreign(source) for name, source in sources.items()}, tmp_path / "w.pt")
+    loaded, about = load_foreign(tmp_path / "w.pt")
+    assert about["weights"] == taken and torch.equal(loaded.embed.weight, sources[taken].embed.weight)
+
+
+@pytest.mark.parametrize("size, depth", [("vit_base", 12), ("vit_large", 24)])
+def test_the_names_and_shapes_are_those_of_v_jepa(size, depth, tmp_path, monkeypatch):
+    """By the issue's list of names; without memory, but the whole loading path, up to the copying."""
+    width = SIZES[size].width
+    blocks = {"norm1": (width,), "norm2": (width,), "attn.qkv": (3 * width, width), "attn.proj": (width, width),
+              "mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+    shapes = {"patch_embed.proj.weight": (width, 3, 2, 16, 16), "patch_embed.proj.bias": (width,),
+              "video_mod_embed": (1, 1, width)}
+    for i in range(depth):
+        for part, shape in blocks.items():
+            shapes |= {f"blocks.{i}.{part}.weight": shape, f"blocks.{i}.{part}.bias": shape[:1]}
+    for i, kind in itertools.product(range(4), ("weight", "bias")):
+        shapes[f"norms_block.{i}.{kind}"] = (width,)
+    with torch.device("meta"):
+        monkeypatch.setattr(torch, "load", lambda *_, **__: {"ema_encoder": {
+            f"module.backbone.{name}": torch.empty(shape) for name, shape in shapes.items()}})
+        loaded, about = load_foreign(tmp_path)
+    assert about == {"size": size, "patch": 16, "tubelet": 2, "weights": "ema_encoder"}
+    assert sorted(map(tuple, (p.shape for p in loaded.parameters()))) == sorted(shapes.values())
+
+
+@pytest.mark.parametrize("change, sentences", [
+    (lambda weights: weights.pop("blocks.3.attn.qkv.bias"), ["blocks.3.attn.qkv.bias is missing"]),
+    (lambda weights: [weights.pop(f"norms_block.{i}.weight") for i in (0, 2)],
+     ["norms_block.0.weight is missing", "norms_block.2.weight is missing"]),
+    (lambda weights: weights.update({"cls_token": torch.zeros(1), "blocks.4.norm1.weight": torch.zeros(128)}),
+     ["cls_token is left over", "blocks.4.norm1.weight is left over"]),
+    (lambda weights: weights.update({"blocks.0.mlp.fc1.weight": torch.zeros(512, 64)}),
+     ["blocks.0.mlp.fc1.weight is [512, 64], should be [512, 128]"]),
+    (lambda weights: weights.update({"video_mod_embed": 3}), ["video_mod_embed is [], should be [1, 1, 128]"]),
+    (lambda weights: weights.update({"patch_embed.proj.weight": torch.zeros(1408, 3, 2, 16, 16)}),
+     ["no encoder of a known size", "[1408, 3, 2, 16, 16]"]),
+    (lambda weights: weights.pop("patch_embed.proj.weight"), ["patch_embed.proj.weight is missing"]),
+])
+def test_weights_that_do_not_fit_are_listed(tmp_path, capsys, change, sentences):
+    weights = foreign(random_encoder(0))
+    change(weights)
+    torch.save({"encoder": {f"module.{name}": weight for name, weight in weights.items()}}, tmp_path / "w.pt")
+    assert probe.main(["--weights", str(tmp_path / "w.pt"), "--out", str(tmp_path / "run"), "--pictures"]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("probe.py: ") and message.count("\n") == 1
+    assert all(sentence in message for sentence in sentences), message
+    assert len(message.split(" is ")) == 1 + len(sentences) or "known size" in message or "missing" in message
+    assert not (tmp_path / "run").exists()
+
+
+class Harm:
+    def __reduce__(self):
+        return os.mkdir, (str(HERE / "harm-was-done"),)
+
+
+@pytest.mark.parametrize("kind", ["code", "list", "other", "cut", "text", "gone"])
+def test_a_file_of_anything_else_gives_one_sentence_and_runs_no_code(tmp_path, capsys, kind):
+    path = tmp_path / "w.pt"
+    content = {"code": {"encoder": Harm()}, "list": [1, 2], "other": {"model": {"x": torch.zeros(2)}},
+               "cut": {"encoder": foreign(random_encoder(0))}}.get(kind)
+    if content is not None:
+        torch.save(content, path)
+    if kind == "cut":
+        path.write_bytes(path.read_bytes()[:5000])
+    if kind == "text":
+        path.write_text("hello")
+    assert probe.main(["--weights", str(path), "--out", str(tmp_path / "run")]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("probe.py: ") and str(path) in message and message.count("\n") == 1
+    assert not (HERE / "harm-was-done").exists()
+
+
+def test_foreign_weights_are_evaluated_like_a_checkpoint(tmp_path, quick_blobs, capsys):
+    source = random_encoder(2)
+    weights = {f"module.{name}": weight for name, weight in foreign(source).items()}
+    torch.save({"target_encoder": weights}, tmp_path / "w.pt")
+    flags = ["--weights", str(tmp_path / "w.pt"), "--out", str(tmp_path / "run"), "--frames", "4", "--crop", "16"]
+    assert probe.main([*flags, "--benchmark", "blobs", "--probe-epochs", "1", "--workers", "0"]) == 0
+    assert "tiny from 'target_encoder'" in capsys.readouterr().out
+    assert result(tmp_path / "run")["sha256"] == probe.encoder_fingerprint(source)
+    features = np.load(tmp_path / "run" / "features-blobs-test.npy")
+    expected = naive_features(SimpleNamespace(encoder=source), Clips(40), pooled=False)
+    torch.testing.assert_close(torch.tensor(features).float(), expected, rtol=2e-3, atol=2e-3)
+
+
+# -------------------------------------------------------------------------------------------------------- pictures
+
+
+def cells_of(path, crop):
+    """A PNG of square pictures with 2 pixels between them: float [rows, columns, 3, crop, crop] in 0..1."""
+    image = torch.tensor(np.array(Image.open(path))).permute(2, 0, 1) / 255
+    rows, columns = ((size - 2) // (crop + 2) for size in image.shape[1:])
+    assert image.shape == (3, rows * (crop + 2) + 2, columns * (crop + 2) + 2)
+    return torch.stack([torch.stack([image[:, 2 + r * (crop + 2):, 2 + c * (crop + 2):][:, :crop, :crop]
+                                     for c in range(columns)]) for r in range(rows)])
+
+
+@pytest.mark.parametrize("objective", ["baseline", "amg", "future_predictive"])
+def test_pictures_show_the_frames_both_masks_and_features(tmp_path, objective):
+    checkpoint = make_checkpoint(tmp_path, frames=8, crop=64, objective=objective)
+    assert probe.main(["--checkpoint", checkpoint, "--pictures"]) == 0
+    first = (tmp_path / "masks.png").read_bytes(), (tmp_path / "features.png").read_bytes()
+    assert probe.main(["--checkpoint", checkpoint, "--pictures"]) == 0
+    assert first == ((tmp_path / "masks.png").read_bytes(), (tmp_path / "features.png").read_bytes())
+    clips = Shapes(8, 64, probe.HELD_OUT).clips(range(4))
+    frames = clips[:, :, ::2].transpose(1, 2) / 255  # (4, t, 3, 64, 64)
+    masks, features = (cells_of(tmp_path / f"{name}.png", 64).unflatten(0, (4, 3)) for name in ("masks", "features"))
+    assert masks.shape == features.shape == (4, 3, 4, 3, 64, 64)
+    for shown in (masks[:, 0], features[:, 0]):
+        torch.testing.assert_close(shown, frames, rtol=0, atol=1 / 255)
+    colour = torch.tensor(probe.HIDDEN_COLOUR).view(3, 1, 1)
+    for mask, shares in ((1, (0.1, 1.0)), (2, (0.3, 1.0))):
+        shown = masks[:, mask]
+        plain = ((shown - frames).abs() < 1 / 100).all(2)
+        tinted = ((shown - (0.25 * frames + 0.75 * colour)).abs() < 1 / 100).all(2)  # (4, t, 64, 64)
+        assert (plain ^ tinted).all()
+        cells = tinted.unflatten(-1, (8, 8)).unflatten(-3, (8, 8)).float().mean((-1, -3))  # (4, t, 8, 8)
+        assert set(cells.unique().tolist()) == {0.0, 1.0}  # whole tokens
+        assert all(shares[0] < share < shares[1] for share in cells.mean((1, 2, 3)))
+        if objective == "future_predictive":
+            assert (cells[:, 2:] == 1).all()
+        else:
+            assert (cells == cells[:, :1]).all()  # blocks span all of the time
+    tokens = features[:, 1:].unflatten(-1, (8, 8)).unflatten(-3, (8, 8))
+    assert (tokens == tokens[..., :1, :, :1]).all()  # one colour per token
+    assert not torch.equal(features[:, 1], features[:, 2])
+
+
+def test_masks_in_the_picture_hide_exactly_the_tokens_that_are_not_visible():
+    frames = torch.zeros(2, 3, 6, 9)
+    shown = probe.hide(frames, torch.tensor([0, 4, 6, 11]), grid=(2, 2, 3), patch=3)
+    hidden = (shown[:, 0] > 0).view(2, 2, 3, 3, 3).float().mean((2, 4))
+    assert hidden.flatten().nonzero().flatten().tolist() == [1, 2, 3, 5, 7, 8, 9, 10]
+
+
+def test_the_colours_are_principal_components_of_all_clips_with_a_fixed_sign():
+    """Planted: three directions of falling strength. A colour is its component, from the 1st to the 99th percentile."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(12, 12, generator=generator))[0]
+    scores = torch.rand(5, 40, 3, generator=generator) - 0.5
+    scores -= scores.mean((0, 1))
+    tokens = scores * torch.tensor([9.0, 5.0, 2.0]) @ basis[:3] + 7
+    colours = probe.principal_colours(tokens)
+    assert colours.shape == (5, 40, 3) and colours.min() == 0 and colours.max() == 1
+    for i in range(3):
+        correlation = torch.corrcoef(torch.stack((scores[..., i].flatten(), colours[..., i].flatten())))[0, 1]
+        sign = basis[i][basis[i].abs().argmax()].sign()
+        assert correlation * sign > 0.98
+    torch.testing.assert_close(probe.principal_colours(tokens.flip(0)).flip(0), colours)
+    # One basis and one scale for all clips: equal tokens of two clips have equal colours.
+    tokens[3, 7] = tokens[0, 2]
+    assert torch.equal(probe.principal_colours(tokens)[3, 7], probe.principal_colours(tokens)[0, 2])
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ([], "give one of --checkpoint, --weights and --compare"),
+    (["--checkpoint", "a", "--weights", "b", "--out", "c"], "give one of"),
+    (["--checkpoint", "nowhere/last.pt"], "no checkpoint at nowhere/last.pt"),
+    (["--weights", "nowhere.pt"], "--weights needs --out"),
+    (["--checkpoint", "CHECKPOINT", "--benchmark", "diving"], "invalid choice: 'diving'"),
+    (["--checkpoint", "CHECKPOINT", "--benchmark", "diving48"], "--benchmark diving48 needs --root"),
+    (["--checkpoint", "CHECKPOINT", "--benchmark", "diving48", "--root", "nowhere"], "is missing; it should hold"),
+    (["--checkpoint", "CHECKPOINT", "--train-list", "a.csv"], "go together"),
+    (["--checkpoint", "CHECKPOINT", "--train-list", "a.csv", "--test-list", "b.csv"], "a.csv"),
+    (["--checkpoint", "CHECKPOINT", "--train-list", "a", "--test-list", "b", "--benchmark", "ssv2"], "give one"),
+    (["--checkpoint", "CHECKPOINT", "--shots", "1"], "--shots needs --benchmark"),
+    (["--checkpoint", "CHECKPOINT", "--benchmark", "blobs", "--shots", "1,two"], "--shots"),
+    (["--checkpoint", "CHECKPOINT", "--benchmark", "blobs", "--shots", "0"], "0 is less than 1"),
+    (["--checkpoint", "CHECKPOINT", "--benchmark", "blobs", "--episodes", "0"], "0 is less than 1"),
+    (["--checkpoint", "CHECKPOINT", "--benchmark", "blobs", "--episodes", "--way", "9"], "needs 9 classes"),
+    (["--checkpoint", "CHECKPOINT", "--benchmark", "blobs", "--frames", "34"], "34 are too many"),
+    (["--checkpoint", "CHECKPOINT", "--benchmark", "blobs", "--crop", "30"], "does not divide into 8x8 patches"),
+    (["--checkpoint", "CHECKPOINT", "--probe-epoch", "3"], "--probe-epoch"),
+    (["--compare", "a.json", "b.json"], "a.json is no result"),
+])
+def test_bad_input_gives_one_sentence_and_writes_no_result(tmp_path, monkeypatch, capsys, flags, sentence):
+    checkpoint = make_checkpoint(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    if "--way" in flags:
+        monkeypatch.setattr(probe, "BlobClips", lambda frames, crop, count, seed: Clips(count, folder=seed))
+    assert probe.main([checkpoint if flag == "CHECKPOINT" else flag for flag in flags]) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("probe.py: ") and sentence in message
+    assert not list(tmp_path.rglob("results-*"))
+
+
+def test_nothing_readable_and_features_that_are_not_finite_are_told(tmp_path, monkeypatch, capsys):
+    checkpoint = make_checkpoint(tmp_path)
+    monkeypatch.setattr(probe, "BlobClips", lambda frames, crop, count, seed: Clips(count, range(count), folder=seed))
+    flags = ["--checkpoint", checkpoint, "--benchmark", "blobs", "--workers", "0"]
+    assert probe.main(flags) == 1 and "no clip of blobs-train can be read" in capsys.readouterr().err
+    assert probe.main([*flags, "--pictures"]) == 1 and "none of the 40 clips can be read" in capsys.readouterr().err
+    subject = make_subject(tmp_path)
+    with torch.no_grad():
+        subject.encoder.norms[3].weight[0] = 1e6
+    with pytest.raises(ValueError, match="not finite in float16"):
+        probe.extract(subject, Clips(4), "x", False, 0)
+
+
+def test_a_result_that_is_there_survives_an_error(two_results, monkeypatch):
+    before = two_results[0].read_bytes()
+    monkeypatch.setattr(probe.json, "dumps", lambda *_, **__: (_ for _ in ()).throw(OSError("disk is full")))
+    assert probe.main(["--checkpoint", str(two_results[0].parent / "last.pt"), "--benchmark", "blobs"]) == 1
+    assert two_results[0].read_bytes() == before
