@@ -1,22 +1,84 @@
 """Measure what a frozen encoder knows: `python probe.py --checkpoint runs/NAME/last.pt`.
 
-An encoder is evaluated on its last level alone (D of its 4D channels), as the study does.
+    (nothing more)                            moving shapes and blobs, generated: no data needed
+    --benchmark diving48 --root DIR           one of the study's five benchmarks, to the letter
+    --train-list A.csv --test-list B.csv      videos of one's own, a line `path label` each; as Diving-48
+    ... --shots 1,5,10,20                     instead: learn from so few labelled clips per class
+    ... --episodes 600                        instead: 5-way 1- and 5-shot episodes, nearest class mean
+    ... --pictures                            instead: masks.png and features.png
+    --compare A.json B.json                   paired differences between two results
+
+An encoder is evaluated on its last level alone (D of its 4D channels), as the study does. Features and results go into
+the checkpoint's folder. `--weights FILE --out DIR` takes V-JEPA 2.1 weights in the place of a checkpoint.
 """
 import argparse
-import pickle
+import hashlib
+import json
+import math
+import os
+import shutil
 import sys
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 import data
-from model import SIZES, Encoder
+from model import SIZES, Encoder, load_foreign, token_grid
+from objectives import OBJECTIVES, motion_map, sample_masks
 from synthetic import Blobs, Shapes
 
 HELD_OUT = 1_000_003  # seeds of the probes' clips: far from those of any training run
+WEIGHT_DECAY = 0.01
+DRAWS = 5  # of the labelled clips, in k-shot
+QUERIES = 15  # test clips per class of an episode, or as many as there are
+
+
+class Recipe(NamedTuple):
+    """How a head is trained."""
+    head: str  # attentive, linear or standardised
+    pooled: bool  # on the mean of a clip's tokens, instead of all of them
+    lr: float
+    batch: int
+    epochs: int
+
+
+BENCHMARKS = {  # METHOD.md section 8; which frames and which resizing: data.py
+    "diving48": Recipe("attentive", False, 1e-3, 16, 100),
+    "ssv2": Recipe("attentive", True, 1e-3, 16, 100),
+    "imagenet100": Recipe("linear", True, 1e-3, 256, 50),
+    "ucf101": Recipe("attentive", False, 3e-4, 16, 100),  # its batch is not on record; this is Diving-48's
+    "blobs": Recipe("attentive", False, 3e-4, 32, 100),
+}
+SYNTHETIC = {
+    "linear": Recipe("standardised", True, 3e-3, 256, 40),
+    "attentive": Recipe("attentive", False, 1e-3, 64, 10),
+}
+
+
+class Labelled(NamedTuple):
+    """What a head learns from, or is tested on."""
+    features: object  # [n, N, D], N = 1 where pooled: a tensor, or a memory-mapped array of float16
+    labels: torch.Tensor  # [n], on the CPU; -1 hides a label from training
+
+    def read(self, rows, device):
+        """Features of some rows [b] -> float32 [b, N, D] on a device. Only these rows are ever in memory."""
+        return torch.as_tensor(self.features[rows.numpy()]).to(device).float()
+
+    def pool(self):
+        """The same clips with the mean of their tokens [n, 1, D], float32 in memory."""
+        batches = tqdm(torch.arange(len(self.labels)).split(64), desc="mean over tokens", leave=False)
+        return Labelled(torch.cat([self.read(rows, "cpu").mean(1, keepdim=True) for rows in batches]), self.labels)
+
+
+# -------------------------------------------------------------------------------------------------------- encoders
 
 
 def load_checkpoint(path):
@@ -25,8 +87,9 @@ def load_checkpoint(path):
         raise FileNotFoundError(f"no checkpoint at {path}; train.py writes one as last.pt in its run folder")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a checkpoint, or was cut short ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # whatever the bytes of another file lead to
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is not a checkpoint, or was cut short ({reason})") from None
     if not isinstance(checkpoint, dict) or not {"config", "evaluated", "encoder", "target"} <= checkpoint.keys():
         raise ValueError(f"{path} was not written by this project's train.py")
     return checkpoint
@@ -41,6 +104,40 @@ def make_encoder(config, state=None):
     return encoder.eval()
 
 
+class Subject(NamedTuple):
+    """An encoder under evaluation."""
+    encoder: Encoder
+    config: dict  # of its run; the study's frames and crop for foreign weights
+    about: str
+    folder: Path  # where features and results go
+
+    @property
+    def grid(self):
+        """Its token grid (t, h, w)."""
+        frames, crop, patch, tubelet = (self.config[name] for name in ("frames", "crop", "patch", "tubelet"))
+        return token_grid(frames, crop, crop, patch, tubelet)
+
+
+def open_subject(flags):
+    """The encoder that the command line names. Raises ValueError or OSError where there is none."""
+    if flags.weights:
+        encoder, found = load_foreign(flags.weights)
+        config = {"seed": 0, "objective": "baseline", "frames": 16, "crop": 224, **found}
+        about = f"{config['size']} from '{config['weights']}' of {flags.weights}"
+    else:
+        checkpoint = load_checkpoint(flags.checkpoint)
+        config = checkpoint["config"]
+        encoder = make_encoder(config, checkpoint[checkpoint["evaluated"]])
+        about = (f"{config['objective']}{' as released' if config['as_released'] else ''}, "
+                 f"{checkpoint['evaluated']} encoder at step {checkpoint['step']}")
+    if flags.untrained:
+        encoder, about = make_encoder(config), f"untrained encoder of {flags.weights or flags.checkpoint}"
+    config = {**config, "frames": flags.frames or config["frames"], "crop": flags.crop or config["crop"]}
+    folder = Path(flags.out or Path(flags.checkpoint).parent)
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return Subject(encoder.eval().to(device), config, about, folder)
+
+
 @torch.no_grad()
 def last_level(encoder, clips):
     """uint8 clips [B, 3, T, H, W] -> tokens of the last level [B, N, D], float32."""
@@ -50,21 +147,166 @@ def last_level(encoder, clips):
     return features[..., -encoder.video.shape[-1]:].float()
 
 
-class LinearHead(nn.Module):
-    """One linear layer on mean-pooled tokens [n, D], each channel first brought to mean 0 and deviation 1.
+# ----------------------------------------------------------------------------------------------- features in a file
 
-    The training clips' own mean and deviation: frozen features differ in scale by orders of magnitude, and an
-    untrained encoder's are small, so that without this a probe would measure scale.
+BATCH = 16  # clips
+SAVE_EVERY = 8  # batches between two notes of how far extraction has come
+
+
+def open_sources(flags, frames, crop):
+    """The labelled clips that the command line asks for: their name, and the sources to train and test on."""
+    if flags.train_list:
+        sources = [data.Videos(*data.own_videos(path), frames, crop) for path in (flags.train_list, flags.test_list)]
+        for path, source in zip((flags.train_list, flags.test_list), sources):
+            if source.labels is None:
+                raise ValueError(f"{path} gives no labels; a line of it should be `path label`")
+        return f"own-{Path(flags.test_list).stem}", *sources
+    if flags.benchmark in (None, "blobs"):
+        if frames > Blobs.FRAMES:
+            raise ValueError(f"blobs have {Blobs.FRAMES} frames, {frames} are too many; choose fewer --frames")
+        return "blobs", *[data.BlobVideos(HELD_OUT + i, frames, crop, count=count) for i, count in enumerate((160, 40))]
+    return flags.benchmark, *[data.open_dataset(flags.benchmark, flags.root, split, frames, crop)
+                              for split in ("train", "test")]
+
+
+class Reader(Dataset):
+    """Each clip of a source as evaluation sees it, or the sentence that says why it cannot be read."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __getitem__(self, item):
+        try:
+            return self.source.evaluation_clip(item)
+        except data.Unreadable as error:
+            return str(error)
+
+
+def fingerprint(*parts):
+    """SHA-256 of tensors, byte for byte, and of anything else as JSON."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.cpu().numpy().tobytes() if torch.is_tensor(part) else json.dumps(part).encode())
+    return digest.hexdigest()
+
+
+def encoder_fingerprint(encoder):
+    """Of every weight with its name and shape, and of the number of heads, which no weight tells."""
+    weights = [part for name, weight in encoder.state_dict().items() for part in (name, list(weight.shape), weight)]
+    return fingerprint(encoder.blocks[0].attn.heads, *weights)
+
+
+def source_fingerprint(source):
+    """Of the path, size in bytes and label of every clip."""
+    paths = [source.where(item)[1] for item in range(len(source))]
+    sizes = [os.path.getsize(path) if os.path.exists(path) else None for path in paths]
+    return fingerprint(list(map(str, paths)), sizes, source.labels)
+
+
+def write_json(path, content):
+    """Under a temporary name, then renamed: a reader sees the old file or the new one, never a half."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)
+
+
+def read_json(path):
+    """What a JSON file of `write_json` holds; an empty dict where there is none, or it is damaged."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (FileNotFoundError, TypeError, ValueError):
+        return {}
+
+
+def open_features(path, shape, identity):
+    """A memory-mapped float16 array of this shape, and the note that says how much of it is done.
+
+    Goes on with the file that is there if its note tells of the same identity; starts anew otherwise.
+    """
+    note = path.with_suffix(".json")
+    before = read_json(note)
+    if before.get("identity") == identity and path.exists():
+        try:
+            return np.load(path, mmap_mode="r+"), before
+        except ValueError:  # cut short
+            pass
+    note.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size, free = 2 * math.prod(shape), shutil.disk_usage(path.parent).free
+    if size > free:
+        # Asked beforehand, since a full disk kills whoever writes to mapped memory.
+        raise ValueError(f"the features of {shape[0]:,} clips take {size / 1e9:.1f} GB, but {path.parent} has only "
+                         f"{free / 1e9:.1f} GB free")
+    return np.lib.format.open_memmap(path, "w+", np.float16, shape), {"identity": identity, "done": 0, "unreadable": []}
+
+
+def extract(subject, source, name, pooled, workers):
+    """Last-level features of every clip that can be read, as Labelled, and a note on how they came about.
+
+    features-NAME.npy in the subject's folder holds them one after the other, float16 [len(source), N or 1, D]. The
+    note, features-NAME.json, says of which weights and clips they are, how many clips are done, and what could not be
+    read; it is written after the features that it claims, so that an extraction that was killed goes on from there.
+    Stopped or not, a clip meets the encoder in the same batch, so its features are the same to the bit.
+    Raises ValueError where no clip can be read, or a feature is not finite.
+    """
+    path = subject.folder / f"features-{name}.npy"
+    shape = (len(source), 1 if pooled else math.prod(subject.grid), subject.encoder.video.shape[-1])
+    identity = fingerprint(encoder_fingerprint(subject.encoder), source_fingerprint(source), subject.config["frames"],
+                           subject.config["crop"], shape)
+    features, note = open_features(path, shape, identity)
+    done, unreadable = note["done"], note["unreadable"]
+    batches = DataLoader(Reader(source), BATCH, sampler=range(done, len(source)), num_workers=workers, collate_fn=list)
+    with tqdm(total=len(source), initial=done, desc=f"features of {name}", unit="clip") as bar:
+        for number, clips in enumerate(batches, start=1):
+            row = done - len(unreadable)
+            unreadable += [[item, clip] for item, clip in enumerate(clips, done) if isinstance(clip, str)]
+            clips, read = [clip for clip in clips if torch.is_tensor(clip)], len(clips)
+            if clips:
+                tokens = last_level(subject.encoder, torch.stack(clips))  # (b, N, D)
+                tokens = (tokens.mean(1, keepdim=True) if pooled else tokens).half()
+                if not tokens.isfinite().all():
+                    raise ValueError(f"features of {name} are not finite in float16; did the training run diverge?")
+                features[row:row + len(clips)] = tokens.cpu().numpy()
+            done += read
+            bar.update(read)
+            if number % SAVE_EVERY == 0 or done == len(source):
+                features.flush()
+                note = {"identity": identity, "done": done, "unreadable": unreadable}
+                write_json(path.with_suffix(".json"), note)
+    if len(unreadable) == len(source):
+        raise ValueError(f"no clip of {name} can be read; the first is {unreadable[0][1]}")
+    if unreadable:
+        print(f"{len(unreadable):,} of {len(source):,} clips of {name} cannot be read and are left out")
+    lost = {item for item, _ in unreadable}
+    labels = [label for item, label in enumerate(source.labels) if item not in lost]
+    return Labelled(features[:len(labels)], torch.tensor(labels)), note
+
+
+# ----------------------------------------------------------------------------------------------------------- heads
+
+
+class LinearHead(nn.Module):
+    """One linear layer on the mean of a clip's tokens [n, N, D]: the study's linear head, as it is.
+
+    `standardise` makes it the head of our own probes, which brings each channel to mean 0 and deviation 1 first. Frozen
+    features differ in scale by orders of magnitude, and an untrained encoder's hardly differ between clips: one
+    learning rate cannot suit them all, so that the plain head measures scale, too. ImageNet-100 keeps the plain head,
+    to be comparable with the study's numbers.
     """
 
-    def __init__(self, pooled, classes):
+    def __init__(self, width, classes):
         super().__init__()
-        self.register_buffer("mean", pooled.mean(0))
-        self.register_buffer("deviation", pooled.std(0) + 1e-6)
-        self.linear = nn.Linear(pooled.shape[-1], classes)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("deviation", torch.ones(width))
+        self.linear = nn.Linear(width, classes)
 
-    def forward(self, pooled):
-        return self.linear((pooled - self.mean) / self.deviation)  # (n, classes)
+    def standardise(self, features):
+        """By the mean and deviation of all training clips [n, 1, D]. That takes no labels: k-shot may do it, too."""
+        self.mean, self.deviation = features.squeeze(1).mean(0), features.squeeze(1).std(0) + 1e-6
+
+    def forward(self, tokens):
+        return self.linear((tokens.mean(1) - self.mean) / self.deviation)  # (n, classes)
 
 
 class AttentiveHead(nn.Module):
@@ -87,105 +329,401 @@ class AttentiveHead(nn.Module):
         return self.linear(self.norm(query + attended).squeeze(1))  # (n, classes)
 
 
-def train_head(head, features, labels, lr, epochs, batch, seed, progress=""):
-    """AdamW, weight decay 0.01, shuffled epochs; features [n, ...] and labels [n] on the head's device."""
-    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=0.01)
+def train_head(head, train, recipe, seed, device, progress=""):
+    """AdamW on shuffled epochs over the labelled clips of `train`; returns the head."""
+    optimizer = torch.optim.AdamW(head.parameters(), lr=recipe.lr, weight_decay=WEIGHT_DECAY)
     shuffle = torch.Generator().manual_seed(seed)
-    for _ in tqdm(range(epochs), desc=progress, disable=not progress, leave=False):
-        for picked in torch.randperm(len(labels), generator=shuffle).split(batch):
-            picked = picked.to(labels.device)
-            loss = F.cross_entropy(head(features[picked]), labels[picked])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    labelled = (train.labels >= 0).nonzero().squeeze(1)
+    steps = recipe.epochs * math.ceil(len(labelled) / recipe.batch)
+    with tqdm(total=steps, desc=progress, unit="step", disable=not progress, leave=False) as bar:
+        for _ in range(recipe.epochs):
+            for picked in labelled[torch.randperm(len(labelled), generator=shuffle)].split(recipe.batch):
+                loss = F.cross_entropy(head(train.read(picked, device)), train.labels[picked].to(device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                bar.update()
     return head
 
 
 @torch.no_grad()
-def top1(head, features, labels):
+def top1(head, test, device):
     """Accuracy in percent."""
-    predicted = torch.cat([head(part).argmax(-1) for part in features.split(256)])
-    return 100 * (predicted == labels).float().mean().item()
+    batches = torch.arange(len(test.labels)).split(64)
+    predicted = torch.cat([head(test.read(rows, device)).argmax(-1) for rows in batches])
+    return 100 * (predicted.cpu() == test.labels).double().mean().item()
 
 
-def linear_accuracy(train, test, seed=0):
-    """Linear probe on mean-pooled tokens; train and test are (tokens [n, N, D] or pooled [n, D], labels [n])."""
-    (x, y), (x_test, y_test) = [(x.mean(1) if x.ndim == 3 else x, y) for x, y in (train, test)]
+def accuracy(recipe, train, test, seed, device, progress=""):
+    """Top-1 % on the clips `test` of a head that learned from the clips `train`. The seed: weights and shuffling."""
     torch.manual_seed(seed)
-    head = LinearHead(x, int(y.max()) + 1).to(x.device)
-    return top1(train_head(head, x, y, 3e-3, 40, 256, seed), x_test, y_test)
+    width, classes = train.features.shape[-1], int(max(train.labels.max(), test.labels.max())) + 1
+    head = (AttentiveHead if recipe.head == "attentive" else LinearHead)(width, classes)
+    if recipe.head == "standardised":
+        head.standardise(train.features)
+    return top1(train_head(head.to(device), train, recipe, seed, device, progress), test, device)
 
 
-def attentive_accuracy(train, test, lr, epochs, batch, seed=0, progress=""):
-    """The study's attentive probe; train and test are (tokens [n, N, D], labels [n])."""
-    torch.manual_seed(seed)
-    head = AttentiveHead(train[0].shape[-1], int(train[1].max()) + 1).to(train[0].device)
-    return top1(train_head(head, *train, lr, epochs, batch, seed, progress), *test)
+# -------------------------------------------------------------------------------------------- few labels, and results
 
 
-def synthetic_features(encoder, frames, crop, count, seed, pool):
-    """Tokens [count, N, D] (or their mean [count, D]) of held-out moving-shape clips, and their factors."""
-    source = Shapes(frames, crop, seed)
-    parts = []
-    for items in torch.arange(count).split(64):
-        tokens = last_level(encoder, source.clips(items))
-        parts.append(tokens.mean(1) if pool else tokens)
-    features = torch.cat(parts)
-    return features, {name: labels.to(features.device) for name, labels in source.factors(torch.arange(count)).items()}
+def interval(values):
+    """Half the width of the 95 % confidence interval of the mean of values [n], n >= 2: t s / sqrt(n), Student's t."""
+    freedom = len(values) - 1
+    # With t = sqrt(freedom) tan(angle) the density of t becomes cos(angle)^(freedom - 1), which is easily summed.
+    angle = torch.linspace(0, math.pi / 2, 1_000_001, dtype=torch.float64)[:-1]
+    share = (angle.cos() ** (freedom - 1)).cumsum(0)
+    t = math.sqrt(freedom) * math.tan(angle[torch.searchsorted(share, 0.95 * share[-1])])
+    return t * values.std().item() / math.sqrt(len(values))
+
+
+def measurement(values, train, test, **how):
+    """One entry of a result: its values in %, their mean, deviation and 95 % interval, and how they came about.
+
+    `how` ends with a hash of all labels. What is drawn depends on labels and seeds alone, so two entries with the same
+    `how` used the same draws and can be compared in pairs.
+    """
+    values = torch.as_tensor(values, dtype=torch.float64)
+    several = len(values) > 1
+    return {"how": {**how, "labels": fingerprint(train.labels, test.labels)}, "values": values.tolist(),
+            "mean": values.mean().item(), "deviation": values.std().item() if several else None,
+            "interval95": interval(values) if several else None}
+
+
+def draw_shots(labels, shots, seed):
+    """Labels [n] with all but `shots` of each class hidden (-1); all stay where a class has no more.
+
+    For one seed, what few shots show, more shots show too.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    shown = torch.full_like(labels, -1)
+    for label in labels.unique():
+        shown[order[labels[order] == label][:shots]] = label
+    return shown
+
+
+def few_shot(recipe, train, test, pooled, shots, seed, device):
+    """Top-1 on the whole test set from few labels per class, of the recipe's head and a linear one.
+
+    pooled: (train, test) once more, with pooled features. Returns {name: measurement}. The linear head is the
+    standardised one: with so few clips, the plain one would mostly measure scale.
+    """
+    measurements = {}
+    for each in (recipe, Recipe("standardised", True, 1e-3, recipe.batch, recipe.epochs)):
+        known, unknown = pooled if each.pooled else (train, test)
+        for k in shots:
+            name, values = f"{k}-shot, {each.head} head", []
+            for draw in range(seed, seed + DRAWS):
+                few = Labelled(known.features, draw_shots(train.labels, k, draw))
+                values.append(accuracy(each, few, unknown, draw, device, f"{name}, draw {len(values) + 1} of {DRAWS}"))
+            measurements[name] = measurement(
+                values, train, test, **each._asdict(), weight_decay=WEIGHT_DECAY, shots=k, draws=DRAWS, seed=seed,
+                labelled=int((few.labels >= 0).sum()))
+    return measurements
+
+
+def draw_episodes(train_labels, test_labels, way, shot, episodes, seed):
+    """The clips of each episode: a list of (support [way, shot] of the training split, query [q] of the test split).
+
+    Depends on the labels and the seed alone. Raises ValueError where there are too few classes.
+    """
+    draw = np.random.default_rng(seed)
+    support, query = [{label: np.flatnonzero(labels == label) for label in np.unique(labels)}
+                      for labels in (train_labels.numpy(), test_labels.numpy())]
+    classes = [label for label in support if len(support[label]) >= shot and label in query]
+    if len(classes) < way:
+        raise ValueError(f"a {way}-way {shot}-shot episode needs {way} classes with {shot} training clips and a test "
+                         f"clip, and {len(classes)} have them; choose a smaller --way")
+    drawn = []
+    for _ in range(episodes):
+        chosen = draw.choice(classes, way, replace=False)
+        drawn.append((np.stack([draw.choice(support[label], shot, replace=False) for label in chosen]),
+                      np.concatenate([draw.permutation(query[label])[:QUERIES] for label in chosen])))
+    return drawn
+
+
+def episode_accuracies(train, test, way, shot, episodes, seed):
+    """Nearest class mean of l2-normalised pooled features, top-1 % of each episode: [episodes].
+
+    `train` and `test` are pooled: the labelled clips of an episode come from one, those to classify from the other.
+    """
+    known, unknown = (F.normalize(clips.features.squeeze(1).cpu(), dim=-1) for clips in (train, test))  # (n, D)
+    accuracies = []
+    for support, query in draw_episodes(train.labels, test.labels, way, shot, episodes, seed):
+        means = known[support].mean(1)  # (way, D)
+        nearest = (unknown[query].unsqueeze(1) - means).square().sum(-1).argmin(1)  # (q)
+        right = train.labels[support[:, 0]][nearest] == test.labels[query]
+        accuracies.append(100 * right.double().mean())
+    return torch.stack(accuracies)
+
+
+def episode_measurements(train, test, way, episodes, seed):
+    """1- and 5-shot episodes: {name: measurement}. The interval tells of other draws from the same clips."""
+    return {f"{way}-way {shot}-shot episodes": measurement(
+        episode_accuracies(train, test, way, shot, episodes, seed), train, test, way=way, shot=shot,
+        episodes=episodes, queries=QUERIES, seed=seed) for shot in (1, 5)}
+
+
+def show(measurements):
+    for name, found in measurements.items():
+        spread = "" if found["interval95"] is None else (
+            f" ± {found['interval95']:.2f} (95 %), deviation {found['deviation']:.2f}, n = {len(found['values'])}")
+        print(f"{name:<36} top-1 {found['mean']:6.2f}{spread}", flush=True)
+
+
+def evaluate(subject, name, train_source, test_source, flags):
+    """Measure what the command line asks for, print it, and write it to results-NAME.json in the subject's folder.
+
+    Other measurements that this file holds of the same encoder and clips stay in it.
+    """
+    recipe = BENCHMARKS.get(name, BENCHMARKS["diving48"])
+    recipe = recipe._replace(epochs=flags.probe_epochs or recipe.epochs)
+    name, device = name + "-untrained" * flags.untrained, subject.encoder.video.device
+    train, train_note = extract(subject, train_source, f"{name}-train", recipe.pooled, flags.workers)
+    test, test_note = extract(subject, test_source, f"{name}-test", recipe.pooled, flags.workers)
+    measurements = {}
+    if flags.shots or flags.episodes:
+        pooled = train.pool(), test.pool()
+    if flags.episodes:
+        measurements |= episode_measurements(*pooled, flags.way, flags.episodes, flags.seed)
+    if flags.shots:
+        measurements |= few_shot(recipe, train, test, pooled, flags.shots, flags.seed, device)
+    if not measurements:
+        seeds = list(range(flags.seed, flags.seed + flags.seeds))
+        values = [accuracy(recipe, train, test, seed, device, f"{recipe.head} head, seed {seed}") for seed in seeds]
+        measurements[f"all labels, {recipe.head} head"] = measurement(
+            values, train, test, **recipe._asdict(), weight_decay=WEIGHT_DECAY, seeds=seeds)
+    show(measurements)
+    path, identity = subject.folder / f"results-{name}.json", [train_note["identity"], test_note["identity"]]
+    before = read_json(path)
+    if before.get("identity") == identity:
+        measurements = before["measurements"] | measurements
+    write_json(path, {
+        "benchmark": name, "encoder": subject.about, "checkpoint": flags.weights or flags.checkpoint,
+        "sha256": encoder_fingerprint(subject.encoder),
+        "frames": subject.config["frames"], "crop": subject.config["crop"],
+        "train": {"clips": len(train.labels), "unreadable": [sentence for _, sentence in train_note["unreadable"]]},
+        "test": {"clips": len(test.labels), "unreadable": [sentence for _, sentence in test_note["unreadable"]]},
+        "identity": identity, "measurements": measurements})
+    print(f"written to {path}")
+
+
+def compare(first, second):
+    """Print B - A of every measurement that two results hold, paired draw by draw.
+
+    Raises ValueError where their draws do not match, or there is nothing to pair.
+    """
+    a, b = (read_json(Path(path)).get("measurements") for path in (first, second))
+    if a is None or b is None:
+        raise ValueError(f"{first if a is None else second} is no result of probe.py")
+    if not a.keys() & b.keys():
+        raise ValueError(f"{first} and {second} have no measurement in common")
+    lines = [f"A = {first}", f"B = {second}", "B - A in points of top-1, paired draw by draw, with 95 % intervals"]
+    for name in [name for name in a if name in b]:
+        odd = [key for key, value in a[name]["how"].items() if b[name]["how"].get(key) != value]
+        if odd:
+            raise ValueError(f"the draws of '{name}' do not match: its {', '.join(odd)} differ between the two results")
+        difference = torch.tensor(b[name]["values"]) - torch.tensor(a[name]["values"])
+        half = f"± {interval(difference):.2f}" if len(difference) > 1 else "(one value each: no interval)"
+        lines.append(f"{name:<36} {difference.mean():+6.2f} {half}   A {a[name]['mean']:.2f}, B {b[name]['mean']:.2f}")
+    print("\n".join(lines))
+
+
+# ------------------------------------------------------------------------------------------------ generated clips
+
+
+def synthetic_sets(encoder, frames, crop, count, pooled):
+    """Held-out moving-shape clips, labelled by each factor: {factor: (to train on, a third as many to test on)}."""
+    sets = {}
+    for number, seed in ((count, HELD_OUT), (max(1, count // 3), HELD_OUT + 1)):
+        source = Shapes(frames, crop, seed)
+        parts = [last_level(encoder, source.clips(items)) for items in torch.arange(number).split(64)]
+        features = torch.cat([part.mean(1, keepdim=True) if pooled else part for part in parts])
+        for factor, labels in source.factors(torch.arange(number)).items():
+            sets[factor] = (*sets.get(factor, ()), Labelled(features, labels))
+    return sets
 
 
 def synthetic_accuracy(encoder, frames, crop, count=3072, attentive=False, seed=0, progress=""):
     """Top-1 % of a probe for each factor of the moving-shape clips: `count` for training, a third as many for test."""
-    train, train_factors = synthetic_features(encoder, frames, crop, count, HELD_OUT, pool=not attentive)
-    test, test_factors = synthetic_features(encoder, frames, crop, max(1, count // 3), HELD_OUT + 1, pool=not attentive)
-    accuracy = {}
-    for name in train_factors:
-        pair = (train, train_factors[name]), (test, test_factors[name])
-        accuracy[name] = (attentive_accuracy(*pair, 1e-3, 10, 64, seed, progress=f"{progress}, {name}")
-                          if attentive else linear_accuracy(*pair, seed))
-    return accuracy
+    recipe = SYNTHETIC["attentive" if attentive else "linear"]
+    return {factor: accuracy(recipe, *pair, seed, encoder.video.device, progress and f"{progress}, {factor}")
+            for factor, pair in synthetic_sets(encoder, frames, crop, count, recipe.pooled).items()}
 
 
-def blob_accuracy(encoder, frames, crop, seed=0, train_clips=160, test_clips=40, progress=""):
-    """The study's synthetic motion benchmark (METHOD.md section 8): 8 directions, attentive probe, 160 / 40 clips."""
-    sets = []
-    for clips, offset in ((train_clips, 0), (test_clips, train_clips)):
-        source = data.BlobVideos(frames, crop, 1, 0, HELD_OUT)
-        items = range(offset, offset + clips)
-        tokens = [last_level(encoder, source.evaluation_clip(item).unsqueeze(0)) for item in items]
-        sets.append((torch.cat(tokens), torch.tensor([source.label(item) for item in items], device=tokens[0].device)))
-    return attentive_accuracy(*sets, lr=3e-4, epochs=100, batch=32, seed=seed, progress=progress)
+def report(encoder, frames, crop, clips, seed):
+    """Print the linear and the attentive probe of each factor of the moving-shape clips."""
+    print("top-1 %, chance: direction 12.5, speed 25, appearance 12.5")
+    for kind in SYNTHETIC:
+        found = synthetic_accuracy(encoder, frames, crop, clips, kind == "attentive", seed, progress=kind)
+        print(f"{kind:<10}" + "".join(f"  {factor} {value:5.1f}" for factor, value in found.items()), flush=True)
 
 
-def report(config, encoder, clips, seed):
-    """Print every synthetic probe of one encoder; returns the same as a dict of top-1 %."""
-    frames, crop = config["frames"], config["crop"]
-    results = {}
-    for kind, attentive in (("linear", False), ("attentive", True)):
-        accuracy = synthetic_accuracy(encoder, frames, crop, clips, attentive, seed, progress=kind)
-        results[kind] = accuracy
-        print(f"{kind:<10}" + "".join(f"  {name} {value:5.1f}" for name, value in accuracy.items()), flush=True)
-    results["blobs"] = blob_accuracy(encoder, frames, crop, seed, progress="blobs")
-    print(f"{'blobs':<10}  direction {results['blobs']:5.1f}   (160 / 40 clips: one clip is 2.5 points)")
-    return results
+def synthetic_episodes(encoder, frames, crop, count=3072, way=5, episodes=600, seed=0):
+    """Episodes of the direction and of the appearance: {"direction, 5-way 1-shot episodes": measurement, ...}."""
+    sets = synthetic_sets(encoder, frames, crop, count, pooled=True)
+    return {f"{factor}, {name}": found for factor in ("direction", "appearance")
+            for name, found in episode_measurements(*sets[factor], way, episodes, seed).items()}
+
+
+# -------------------------------------------------------------------------------------------------------- pictures
+
+HIDDEN_COLOUR = (1.0, 0.45, 0.0)
+
+
+def cells_to_pixels(cells, patch):
+    """[..., h, w] -> [..., h * patch, w * patch]."""
+    return cells.repeat_interleave(patch, -2).repeat_interleave(patch, -1)
+
+
+def hide(frames, visible, grid, patch):
+    """Frames [t, 3, H, W] in 0..1 with every token tinted that is not among the visible ones [n]."""
+    hidden = torch.ones(math.prod(grid), dtype=torch.bool)
+    hidden[visible] = False
+    hidden = cells_to_pixels(hidden.view(grid), patch).unsqueeze(1)  # (t, 1, H, W)
+    return torch.where(hidden, 0.25 * frames + 0.75 * torch.tensor(HIDDEN_COLOUR).view(3, 1, 1), frames)
+
+
+def principal_colours(tokens):
+    """The three main components of tokens [B, N, D] as red, green and blue in 0..1: [B, N, 3].
+
+    One basis for all clips. A component's sign is arbitrary: here its largest entry is positive, so that a second
+    look gives the same picture. The outermost percent at either end is clipped.
+    """
+    flat = tokens.flatten(0, 1).cpu().double()
+    flat = flat - flat.mean(0)
+    _, basis = torch.linalg.eigh(flat.T @ flat)  # eigenvalues in ascending order
+    basis = basis[:, -3:].flip(-1)  # (D, 3)
+    basis = basis * basis.take_along_dim(basis.abs().argmax(0, keepdim=True), 0).sign()
+    scores = flat @ basis  # (B * N, 3)
+    low, high = scores.quantile(0.01, dim=0), scores.quantile(0.99, dim=0)
+    return ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float().unflatten(0, tokens.shape[:2])
+
+
+def save_rows(rows, path):
+    """A list of rows [t, 3, H, W] -> a PNG with a row's pictures side by side, written whole as by `write_json`."""
+    temporary = path.with_name(path.name + ".tmp")
+    save_image(torch.cat(rows), temporary, nrow=len(rows[0]), pad_value=1, format="png")
+    os.replace(temporary, path)
+    print(f"written to {path}")
+
+
+def pictures(subject, clips):
+    """Write masks.png and features.png of uint8 clips [B, 3, T, H, W], a picture for each time step of the grid.
+
+    Both have three rows for each clip. masks.png: its frames, and what each of the two masks hides of them.
+    features.png: its frames, the main components of its features, and those of the untrained encoder's.
+    """
+    grid, patch = subject.grid, subject.config["patch"]
+    frames = clips[:, :, ::subject.config["tubelet"]].transpose(1, 2) / 255  # (B, t, 3, H, W)
+    mask_rows, feature_rows = [], []
+    masking = OBJECTIVES[subject.config["objective"]].masking
+    motion = motion_map(data.normalise(clips), grid)
+    for i in range(len(clips)):  # one by one, since the masks of a batch are cut to the smallest
+        masks = sample_masks(1, grid, masking, torch.Generator().manual_seed(i),
+                             motion[i:i + 1] if masking.motion_strength else None)
+        mask_rows += [frames[i]] + [hide(frames[i], visible[0], grid, patch) for visible, _ in masks]
+    encoders = (subject.encoder, make_encoder(subject.config).to(subject.encoder.video.device))
+    tokens = [torch.cat([last_level(encoder, clip.unsqueeze(0)) for clip in clips]) for encoder in encoders]
+    colours = [cells_to_pixels(principal_colours(each).unflatten(1, grid).movedim(-1, 2), patch) for each in tokens]
+    for rows in zip(frames, *colours):
+        feature_rows += rows  # (t, 3, H, W) each
+    subject.folder.mkdir(parents=True, exist_ok=True)
+    save_rows(mask_rows, subject.folder / "masks.png")
+    save_rows(feature_rows, subject.folder / "features.png")
+
+
+def some_clips(source, count=4):
+    """A few clips of a source that can be read, the same ones every time: uint8 [count, 3, T, H, W]."""
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0)).tolist()
+    clips = list(islice(filter(torch.is_tensor, map(Reader(source).__getitem__, order)), count))
+    if not clips:
+        raise ValueError(f"none of the {len(source)} clips can be read; the first is {Reader(source)[0]}")
+    return torch.stack(clips)
+
+
+# --------------------------------------------------------------------------------------------------------- command
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def at_least_one(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def whole_numbers(text):
+    return [at_least_one(number) for number in text.split(",")]
+
+
+def parse(arguments):
+    """The command line. Raises ValueError for flags that are wrong, or do not go together."""
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", help="last.pt of a run folder")
+    parser.add_argument("--weights", help="a V-JEPA 2.1 checkpoint, ViT-B or ViT-L")
+    parser.add_argument("--out", metavar="DIR", help="folder for features and results; by default the checkpoint's")
+    parser.add_argument("--untrained", action="store_true", help="the same architecture with the weights it began with")
+    parser.add_argument("--frames", type=at_least_one, help="of a clip; by default as in training, 16 for --weights")
+    parser.add_argument("--crop", type=at_least_one, help="pixels; by default as in training, 224 for --weights")
+    parser.add_argument("--benchmark", choices=BENCHMARKS)
+    parser.add_argument("--root", metavar="DIR", help="the folder that holds the datasets (see data.py --check)")
+    parser.add_argument("--train-list", metavar="CSV", help="videos to learn from, a line `path label` each")
+    parser.add_argument("--test-list", metavar="CSV", help="videos to be tested on, likewise")
+    parser.add_argument("--probe-epochs", type=at_least_one, help="in the place of the benchmark's own")
+    parser.add_argument("--seed", type=int, default=0, help="the first one, of heads, their shuffling, and draws")
+    parser.add_argument("--seeds", type=at_least_one, default=1, help="how many heads to train on all labels")
+    parser.add_argument("--shots", type=whole_numbers, metavar="K,K,...", help="labelled clips per class")
+    parser.add_argument("--episodes", type=at_least_one, nargs="?", const=600, help="how many; 600 if not said")
+    parser.add_argument("--way", type=at_least_one, default=5, help="classes of an episode")
+    parser.add_argument("--pictures", action="store_true", help="of masks and features")
+    parser.add_argument("--clips", type=at_least_one, default=3072, help="moving-shape clips to train a probe on")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read videos")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two results, results-*.json")
+    flags = parser.parse_args(arguments)
+    own = flags.train_list or flags.test_list
+    wrong = {
+        "give one of --checkpoint, --weights and --compare":
+            sum(map(bool, (flags.checkpoint, flags.weights, flags.compare))) != 1,
+        "--weights needs --out DIR, a folder for features and results": flags.weights and not flags.out,
+        "--train-list and --test-list go together": own and not (flags.train_list and flags.test_list),
+        "--benchmark and lists of one's own ask for different clips; give one": own and flags.benchmark,
+        "--shots needs --benchmark, or --train-list and --test-list": flags.shots and not (flags.benchmark or own),
+        f"--benchmark {flags.benchmark} needs --root DIR; `python data.py --check DIR` says what belongs in there":
+            flags.benchmark not in (None, "blobs") and not flags.root,
+    }
+    for sentence, holds in wrong.items():
+        if holds:
+            raise ValueError(sentence)
+    return flags
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--checkpoint", required=True, help="last.pt of a run folder")
-    parser.add_argument("--untrained", action="store_true", help="the same architecture with the weights it began with")
-    parser.add_argument("--clips", type=int, default=3072, help="labelled clips to train a probe on; a third as many test it")
-    parser.add_argument("--seed", type=int, default=0, help="of the heads and their shuffling")
-    flags = parser.parse_args(arguments)
     try:
-        checkpoint = load_checkpoint(flags.checkpoint)
-        config = checkpoint["config"]
-        encoder = make_encoder(config, None if flags.untrained else checkpoint[checkpoint["evaluated"]])
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        what = "untrained encoder" if flags.untrained else f"{checkpoint['evaluated']} encoder at step {checkpoint['step']}"
-        print(f"{config['objective']}{' as released' if config['as_released'] else ''}, {what}; top-1 %, chance: "
-              "direction 12.5, speed 25, appearance 12.5")
-        report(config, encoder.to(device), flags.clips, flags.seed)
+        flags = parse(arguments)
+        if flags.compare:
+            compare(*flags.compare)
+            return 0
+        subject = open_subject(flags)
+        generated = not (flags.benchmark or flags.train_list)
+        frames, crop = subject.config["frames"], subject.config["crop"]
+        name, train, test = open_sources(flags, frames, crop)
+        print(subject.about)
+        if flags.pictures:
+            pictures(subject, Shapes(frames, crop, HELD_OUT).clips(range(4)) if generated else some_clips(test))
+        elif generated and flags.episodes:
+            show(synthetic_episodes(subject.encoder, frames, crop, flags.clips, flags.way, flags.episodes, flags.seed))
+        else:
+            if generated:
+                report(subject.encoder, frames, crop, flags.clips, flags.seed)
+            evaluate(subject, name, train, test, flags)
+    except KeyboardInterrupt:
+        print("probe.py: stopped; the same command goes on with the features that are done", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"probe.py: {error}", file=sys.stderr)
         return 1

@@ -9,22 +9,24 @@ import json
 import math
 import os
 import signal
+import statistics
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
 import probe
-from model import SIZES, Encoder, Predictor, level_normalise, token_grid
+from model import SIZES, Encoder, Predictor, Size, level_normalise, load_foreign, token_grid
 from objectives import (OBJECTIVES, Record, View, as_released, coefficients, losses, make_heads, mean_over_ranks,
                         motion_map, sample_masks)
 from synthetic import Shapes
@@ -49,6 +51,7 @@ class Config:
     max_broken: float = 0.05  # stop when a larger share of the clips cannot be read
     # model
     size: str = "tiny"
+    weights: str = ""  # a V-JEPA 2.1 checkpoint for the encoder to start from
     patch: int = 8
     tubelet: int = 2
     # optimisation
@@ -91,6 +94,7 @@ def parse(arguments):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--list", action="store_true", help="print the 28 objectives and stop")
     parser.add_argument("--gradients", action="store_true", help="print which networks each loss trains and stop")
+    parser.add_argument("--benchmark", action="store_true", help="time the training step; --objective a,b or all")
     parser.add_argument("--resume", action="store_true", help="continue the run in its folder")
     for item in fields(Config):
         flag = "--" + item.name.replace("_", "-")
@@ -106,7 +110,13 @@ def parse(arguments):
     preset = known("preset", given.preset or Config.preset, PRESETS)
     chosen = {item.name: getattr(given, item.name) for item in fields(Config)
               if getattr(given, item.name) is not None}
-    return check(Config(**{**PRESETS[preset], **chosen, "preset": preset})), given
+    config = Config(**{**PRESETS[preset], **chosen, "preset": preset})
+    if given.benchmark:
+        given.names = list(OBJECTIVES) if config.objective == "all" else config.objective.split(",")
+        config.objective = given.names[0]
+        for name in given.names:
+            known("objective", name, OBJECTIVES)
+    return check(config), given
 
 
 def check(config):
@@ -278,16 +288,29 @@ class Trainer:
     def __init__(self, config, device, ranks=1):
         self.config, self.device = config, device
         self.model = build(config).to(device)
+        if config.weights:
+            self.start_from(config.weights)
         self.objective = self.model.objective
         self.optimizer = make_optimizer(self.model, config)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.update_target = get_ema_multi_avg_fn(config.ema)
         self.healthy = torch.ones((), dtype=torch.bool, device=device)  # read seldom: reading waits for the device
         self.autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-        if config.compile == "yes" or config.compile == "auto" and device.type == "cuda":
+        self.compiled = config.compile == "yes" or config.compile == "auto" and device.type == "cuda"
+        if self.compiled:
             self.model.compile(dynamic=True)
         # A static graph may leave parameters without gradient: the released code's latent-dynamics head.
         self.forward = DistributedDataParallel(self.model, static_graph=True) if ranks > 1 else self.model
+
+    def start_from(self, path):
+        """Give the encoder, and so its target, the weights of a V-JEPA 2.1 checkpoint."""
+        foreign, found = load_foreign(path)
+        for name in ("size", "patch", "tubelet"):
+            if found[name] != getattr(self.config, name):
+                raise ValueError(f"{path} holds weights of --{name} {found[name]}, but this run has --{name} "
+                                 f"{getattr(self.config, name)}")
+        self.model.encoder.load_state_dict(foreign.state_dict())
+        self.model.target.load_state_dict(foreign.state_dict())
 
     def step(self, step, clips, masks):
         """Forward, backward, optimizer, EMA. Returns losses by name, targets [B, N, 4D], gradient norm."""
@@ -383,9 +406,10 @@ def train(config, resume=False):
     start = trainer.load(checkpoint) if checkpoint else 0
     metrics = Metrics(folder / "metrics.csv", start) if rank == 0 else None
     broken = data.Broken()
-    began, timed_from = time.perf_counter(), start
+    peak, began, timed_from = peak_flops(device), time.perf_counter(), start
     with StopSignal() as stop, tqdm(total=config.steps, initial=start, unit="step", disable=rank > 0,
-                                    desc=config.objective) as bar:
+                                    desc=f"{config.objective}, batch {config.batch} = {ranks} x {config.batch // ranks}"
+                                    ) as bar:
         for step, (clips, masks, unreadable) in enumerate(data.loader(batches, start, config.workers), start):
             values, h, gradient_norm = trainer.step(step, clips, masks)
             broken.add(unreadable, len(clips))
@@ -413,6 +437,8 @@ def train(config, resume=False):
                 speed = (step + 1 - timed_from) * config.batch / (time.perf_counter() - began)
                 began, timed_from = time.perf_counter(), step + 1
                 shown = {**row, "rank": effective_rank, "std": feature_std, "clips/s": speed}
+                if peak:
+                    shown["MFU"] = flops_of(config, masks, objective.ema) * speed / config.batch / peak
                 shown = {name: f"{value:.3g}" for name, value in shown.items()}
                 bar.set_postfix({**shown, "unreadable": broken} if broken.files else shown)
                 broken.write(folder)
@@ -448,6 +474,121 @@ def print_result(config, model, device):
     print(f"{'chance':<22} {100 / 8:17.1f} {100 / 8:12.1f}")
 
 
+# ----------------------------------------------------------------------------------------------------- how fast it is
+
+# Dense bfloat16 multiply-add rates by datasheet, as operations per second.
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+WARMUP_STEPS, TIMED_ROUNDS, ROUND = 20, 5, 4  # steps, rounds, steps in a round
+
+
+def block_flops(tokens, width):
+    """Operations of one transformer block forward: its matrices (12 width^2 weights) and its attention."""
+    return 2 * tokens * 12 * width ** 2 + 4 * tokens ** 2 * width
+
+
+def step_flops(size, patch, tubelet, grid, counts, ema=True):
+    """Floating-point operations that one clip's training step needs: 2 per multiply-add of every matrix product.
+
+    counts: (visible, masked) tokens of each mask. A backward pass is two forward ones, but that nobody asks for the
+    gradient of the pixels. What flash attention or checkpointing computes again does not count, nor do the terms.
+    """
+    width, narrow, channels = size.width, size.predictor_width, 4 * size.width
+    embedding = 2 * math.prod(grid) * width * 3 * tubelet * patch ** 2
+
+    def encoder(tokens, trained):
+        return (2 if trained else 1) * embedding + (3 if trained else 1) * size.depth * block_flops(tokens, width)
+
+    def predictor(visible, masked):
+        tokens = visible + masked
+        return 3 * (2 * visible * (channels * width + width * narrow) + 2 * tokens * narrow * channels
+                    + size.predictor_depth * block_flops(tokens, narrow))
+    return encoder(math.prod(grid), not ema) + sum(encoder(visible, True) + predictor(visible, masked)
+                                                   for visible, masked in counts)
+
+
+def peak_flops(device):
+    """What a device could do at most, in bfloat16 operations per second; None for an unknown one."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for known_name, peak in PEAKS.items() if known_name in name), None)
+
+
+def flops_of(config, masks, ema):
+    """`step_flops` of a whole batch with these masks."""
+    grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
+    counts = [(visible.shape[1], masked.shape[1]) for visible, masked in masks]
+    return len(masks[0][0]) * step_flops(SIZES[config.size], config.patch, config.tubelet, grid, counts, ema)
+
+
+def time_steps(trainer, clips, masks):
+    """Median seconds of a training step on clips that lie on the device, token counts changing from step to step."""
+    def wait():
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    rounds = []
+    for first in range(0, TIMED_ROUNDS * ROUND, ROUND):
+        wait()
+        began = time.perf_counter()
+        for step in range(first, first + ROUND):
+            trainer.step(step, clips, masks[step % len(masks)])
+        wait()
+        rounds.append((time.perf_counter() - began) / ROUND)
+    return statistics.median(rounds)
+
+
+def compiled_graphs():
+    """(graphs compiled so far, graph breaks so far)."""
+    counters = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+def benchmark(config, names):
+    """Print a table: what a training step of each of these objectives costs, and beside it the same step plainly."""
+    _, ranks, device = start_ranks(config)
+    grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
+    generator = torch.Generator().manual_seed(config.seed)
+    clips = torch.randint(256, (config.batch // ranks, 3, config.frames, config.crop, config.crop), dtype=torch.uint8,
+                          generator=generator).to(device)
+    on_gpu, peak = device.type == "cuda", peak_flops(device)
+    print(f"{torch.cuda.get_device_name(device) if on_gpu else 'CPU, ' + str(torch.get_num_threads()) + ' threads'}, "
+          f"torch {torch.__version__}, {config.size}, {config.frames} x {config.crop} px, batch {config.batch}; plain: "
+          "float32, uncompiled, attention by its mathematics\n\n"
+          "| objective | ms/step | clips/s | TFLOP/s | MFU | peak memory GiB | graph breaks | recompilations | x plain |\n"
+          "|---|---|---|---|---|---|---|---|---|")
+    for name in names:
+        config = replace(config, objective=name)
+        masking = OBJECTIVES[name].masking
+        masks = [draw_masks(clips.cpu(), generator, grid, masking) for _ in range(8)]
+        masks = [[(visible.to(device), masked.to(device)) for visible, masked in pair] for pair in masks]
+        trainer = Trainer(config, device, ranks)
+        for step in range(WARMUP_STEPS if trainer.compiled else 2):
+            trainer.step(step, clips, masks[step % len(masks)])
+        before = compiled_graphs()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        seconds = time_steps(trainer, clips, masks)
+        memory = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f}" if on_gpu else "-"
+        graphs, breaks = (after - earlier for after, earlier in zip(compiled_graphs(), before))
+        rate = statistics.mean(flops_of(config, pair, OBJECTIVES[name].ema) for pair in masks) / seconds
+        trainer = Trainer(replace(config, compile="no"), device, ranks)
+        trainer.autocast = nullcontext()
+        with sdpa_kernel(SDPBackend.MATH):
+            trainer.step(0, clips, masks[0])
+            plain = time_steps(trainer, clips, masks)
+        del trainer
+        print(f"| {name} | {1000 * seconds:.1f} | {config.batch / seconds:.0f} | {rate / 1e12:.3g} | "
+              f"{f'{rate / peak:.0%}' if peak else 'unknown'} | {memory} | {breaks} | {graphs} | {plain / seconds:.2f} |",
+              flush=True)
+    if config.data or config.root:
+        batches = data.Batches(training_source(config), config.batch, 2 * TIMED_ROUNDS, config.seed,
+                               functools.partial(draw_masks, grid=grid, masking=masking))
+        read = iter(data.loader(batches, workers=config.workers))
+        next(read)  # the workers' start does not count
+        began = time.perf_counter()
+        count = sum(len(clips) for clips, _, _ in read)
+        print(f"\nthe loader alone, {config.workers} workers: {count / (time.perf_counter() - began):.0f} clips/s")
+
+
 # ------------------------------------------------------------------------------------------------------- overviews
 
 
@@ -476,7 +617,6 @@ def objective_list():
 
 def gradient_table():
     """Markdown: which networks each loss of each objective, taken alone, gives a gradient that is not zero."""
-    from model import Size
     size = Size(24, 4, 2, predictor_width=16, predictor_depth=1, predictor_heads=2)
     lines = ["| objective | encoder | predictor | its own head | target |", "|---|---|---|---|---|"]
     rows = [(name, objective) for name, objective in OBJECTIVES.items()]
@@ -516,6 +656,9 @@ def main(arguments=None):
             return 0
         if flags.gradients:
             print(gradient_table())
+            return 0
+        if flags.benchmark:
+            benchmark(config, flags.names)
             return 0
         stopped = train(config, flags.resume)
         return 128 + stopped if stopped else 0

@@ -18,7 +18,7 @@ from PIL import Image
 import data
 import probe
 from miniature import write_datasets
-from model import SIZES, Encoder, load_foreign
+from model import SIZES, Encoder, Size, load_foreign
 from probe import BENCHMARKS, Labelled, Recipe
 from synthetic import Blobs, Shapes, write_dataset
 
@@ -69,11 +69,23 @@ def make_subject(folder, seed=0, frames=4, crop=16):
 @pytest.fixture
 def quick_blobs(monkeypatch):
     """The blobs benchmark with `Clips` in the place of blobs."""
-    monkeypatch.setattr(probe, "BlobClips", lambda frames, crop, count, seed: Clips(count, folder=seed))
+    monkeypatch.setattr(data, "BlobVideos", lambda seed, frames, crop, count: Clips(count, folder=seed))
 
 
 def result(folder, name="blobs"):
     return json.loads((folder / f"results-{name}.json").read_text())
+
+
+@torch.no_grad()
+def naive_features(encoder, clips, pooled=False):
+    """The last of the four levels, clip by clip: [n, N or 1, D]."""
+    levels = torch.cat([encoder(data.normalise(clip.unsqueeze(0))).unflatten(-1, (4, -1)) for clip in clips])
+    tokens = levels[..., 3, :]
+    return tokens.mean(1, keepdim=True) if pooled else tokens
+
+
+def readable(source):
+    return [source.evaluation_clip(item) for item in range(len(source)) if item not in source.broken]
 
 
 # ---------------------------------------------------------------------------------------------------------- recipes
@@ -88,15 +100,18 @@ def test_the_benchmarks_are_those_of_the_study():
 
 
 def test_blobs_are_the_first_frames_resized_in_balanced_directions():
-    source = probe.BlobClips(frames=8, crop=80, count=40, seed=3)
-    assert len(source) == 40 and np.bincount(source.labels).tolist() == [5] * 8
-    clip, whole = source.evaluation_clip(9), Blobs(3).video(9)[0]
-    assert clip.shape == (3, 8, 80, 80) and clip.dtype == torch.uint8 and source.labels[9] == Blobs(3).video(9)[1]
-    # Bilinear with antialiasing halves a picture by weights 1 3 3 1, so far from the border:
-    weights = torch.tensor([1.0, 3, 3, 1]) / 8
-    block = whole[1, 5, 39:43, 59:63].float()
-    assert clip[1, 5, 20, 30].item() == pytest.approx((weights @ block @ weights).item(), abs=1)
-    assert probe.BlobClips(32, 160, 1, 3).evaluation_clip(0).equal(Blobs(3).video(0)[0])
+    flags = SimpleNamespace(benchmark="blobs", train_list=None)
+    name, *sources = probe.open_sources(flags, frames=8, crop=80)
+    assert name == "blobs"
+    for source, count, seed in zip(sources, (160, 40), (probe.HELD_OUT, probe.HELD_OUT + 1)):
+        assert len(source) == count and np.bincount(source.labels).tolist() == [count // 8] * 8
+        clip, (whole, direction) = source.evaluation_clip(9), Blobs(seed).video(9)
+        assert clip.shape == (3, 8, 80, 80) and clip.dtype == torch.uint8 and source.labels[9] == direction
+        # Bilinear with antialiasing halves a picture by weights 1 3 3 1, so far from the border:
+        weights = torch.tensor([1.0, 3, 3, 1]) / 8
+        block = whole[1, 5, 39:43, 59:63].float()
+        assert clip[1, 5, 20, 30].item() == pytest.approx((weights @ block @ weights).item(), abs=1)
+    assert probe.open_sources(flags, 32, 160)[2].evaluation_clip(0).equal(Blobs(probe.HELD_OUT + 1).video(0)[0])
 
 
 # ------------------------------------------------------------------------------------------------------------ heads
@@ -164,6 +179,32 @@ def test_only_the_standardised_head_is_blind_to_scale_and_offset():
     assert min(found["standardised"]) > 95
     assert found["standardised"][0] == pytest.approx(found["standardised"][1], abs=1)
     assert found["linear"][0] > 95 and found["linear"][1] < 60
+
+
+class Watched:
+    """Features that note in which order they are read."""
+    shape = (40, 1, 16)
+
+    def __init__(self):
+        self.reads = []
+
+    def __getitem__(self, rows):
+        self.reads.append(rows.tolist())
+        return torch.zeros(len(rows), 1, 16)
+
+
+def test_every_epoch_sees_each_labelled_clip_once_in_an_order_of_its_own():
+    labels = torch.where(torch.arange(40) % 4 == 0, -1, torch.arange(40) % 3)
+
+    def epochs(seed):
+        watched, recipe = Watched(), Recipe("linear", True, 1e-3, 8, 3)
+        probe.train_head(probe.LinearHead(16, 3), Labelled(watched, labels), recipe, seed, "cpu")
+        assert [len(rows) for rows in watched.reads] == [8, 8, 8, 6] * 3
+        return [sum(watched.reads[i:i + 4], []) for i in (0, 4, 8)]
+
+    first, second = epochs(0), epochs(1)
+    assert first == epochs(0) and len(set(map(tuple, first + second))) == 6
+    assert all(sorted(epoch) == [i for i in range(40) if i % 4] for epoch in first + second)
 
 
 def test_hidden_labels_teach_nothing_and_seeds_give_other_heads():
@@ -252,6 +293,17 @@ def test_episodes_are_perfect_on_clusters_and_at_chance_on_noise():
     assert probe.episode_accuracies(*noise, 4, 5, 400, 0).mean().item() == pytest.approx(25, abs=1.5)
 
 
+def test_synthetic_clips_are_held_out_and_tested_on_others():
+    encoder = probe.make_encoder(CONFIG)
+    for pooled in (True, False):
+        for factor, pair in probe.synthetic_sets(encoder, 4, 16, 9, pooled).items():
+            for clips, count, seed in zip(pair, (9, 3), (probe.HELD_OUT, probe.HELD_OUT + 1)):
+                source = Shapes(4, 16, seed)
+                expected = naive_features(encoder, source.clips(range(count)), pooled)
+                torch.testing.assert_close(clips.features, expected)
+                assert torch.equal(clips.labels, source.factors(range(count))[factor])
+
+
 def test_synthetic_episodes_of_random_weights_know_appearance():
     """Any weights show how large and bright a shape is, and that differs between appearances."""
     encoder = probe.make_encoder({**CONFIG, "frames": 8, "crop": 32})
@@ -267,19 +319,12 @@ def test_synthetic_episodes_of_random_weights_know_appearance():
 # -------------------------------------------------------------------------------------------------- features in a file
 
 
-def naive_features(subject, source, pooled):
-    """Each clip that can be read, alone: float32 [n, N or 1, D]."""
-    clips = [source.evaluation_clip(item) for item in range(len(source)) if item not in source.broken]
-    tokens = torch.cat([probe.last_level(subject.encoder, clip.unsqueeze(0)) for clip in clips])
-    return tokens.mean(1, keepdim=True) if pooled else tokens
-
-
 @pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_features_are_the_last_level_of_every_clip_that_can_be_read(tmp_path, pooled, workers):
     subject, source = make_subject(tmp_path), Clips(40, broken=[0, 17, 18, 39])
     found, note = probe.extract(subject, source, "x", pooled, workers)
-    expected = naive_features(subject, source, pooled)
+    expected = naive_features(subject.encoder, readable(source), pooled)
     assert isinstance(found.features, np.memmap) and found.features.dtype == np.float16
     assert found.features.shape == (36, 1 if pooled else 2 * 2 * 2, 128) and found.features.shape == expected.shape
     torch.testing.assert_close(torch.tensor(found.features).float(), expected, rtol=2e-3, atol=2e-3)
@@ -292,10 +337,10 @@ def test_features_are_the_last_level_of_every_clip_that_can_be_read(tmp_path, po
 KILLED = """
 import sys
 sys.path[:0] = [{main!r}, {tests!r}]
-import torch, probe, test_probe
+import data, torch, probe, test_probe
 torch.set_num_threads({threads})
 probe.SAVE_EVERY = 1
-probe.BlobClips = lambda frames, crop, count, seed: test_probe.Clips(count, [3, 20], 100, folder=seed)
+data.BlobVideos = lambda seed, frames, crop, count: test_probe.Clips(count, [3, 20], 100, folder=seed)
 probe.main(["--checkpoint", {checkpoint!r}, "--benchmark", "blobs", "--workers", "0"])
 """
 
@@ -311,10 +356,10 @@ def test_a_killed_extraction_goes_on_and_writes_the_same_features_to_the_bit(tmp
     assert json.loads(note.read_text())["done"] == 96 and not list((tmp_path / "killed").glob("*.tmp"))
     sources = []
 
-    def remember(frames, crop, count, seed):
+    def remember(seed, frames, crop, count):
         sources.append(Clips(count, [3, 20], folder=seed))
         return sources[-1]
-    monkeypatch.setattr(probe, "BlobClips", remember)
+    monkeypatch.setattr(data, "BlobVideos", remember)
     flags = ["--benchmark", "blobs", "--workers", "0", "--probe-epochs", "1"]
     for folder, first in (("killed", 96), ("whole", 0)):
         assert probe.main(["--checkpoint", make_checkpoint(tmp_path / folder), *flags]) == 0
@@ -348,11 +393,20 @@ def test_features_are_used_again_only_for_the_same_weights_clips_and_sizes(tmp_p
                                                "source": Clips(5, folder=tmp_path, frames=2)}):
         assert read(**options) == 5 and read() == 5, options
     features = torch.tensor(np.load(tmp_path / "features-x.npy")).float()
-    torch.testing.assert_close(features, naive_features(make_subject(tmp_path), Clips(5), False), rtol=2e-3, atol=2e-3)
+    expected = naive_features(make_subject(tmp_path).encoder, readable(Clips(5)))
+    torch.testing.assert_close(features, expected, rtol=2e-3, atol=2e-3)
     for content in (b"a file", b"a larger file"):
         (tmp_path / "3.mp4").write_bytes(content)
         assert read() == 5 and read() == 0
     assert read(source=Clips(6, folder=tmp_path)) == 6
+
+
+def test_encoders_of_the_same_weights_but_other_heads_are_told_apart():
+    encoders = [Encoder(Size(16, 4, heads), 8, 2) for heads in (1, 2, 2)]
+    for encoder in encoders:
+        encoder.load_state_dict(encoders[0].state_dict())
+    one, two, three = map(probe.encoder_fingerprint, encoders)
+    assert one != two == three
 
 
 @pytest.mark.parametrize("damage", ["note gone", "note empty", "note cut", "features gone", "features cut"])
@@ -380,7 +434,7 @@ def test_a_disk_that_is_too_small_is_told_before_work_begins(tmp_path, monkeypat
 
 
 def test_a_result_says_how_it_came_about(tmp_path, monkeypatch):
-    monkeypatch.setattr(probe, "BlobClips", lambda frames, crop, count, seed: Clips(count // 4, [5], folder=seed))
+    monkeypatch.setattr(data, "BlobVideos", lambda seed, frames, crop, count: Clips(count // 4, [5], folder=seed))
     checkpoint = make_checkpoint(tmp_path)
     assert probe.main(["--checkpoint", checkpoint, "--benchmark", "blobs", "--seeds", "2", "--workers", "0"]) == 0
     found = result(tmp_path)
@@ -403,7 +457,7 @@ def two_runs(tmp_path_factory):
     """Few-shot results of two checkpoints with other weights, in folders a and b."""
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "BlobClips", lambda frames, crop, count, seed: Clips(count, folder=seed))
+        patch.setattr(data, "BlobVideos", lambda seed, frames, crop, count: Clips(count, folder=seed))
         for folder, seed in (("a", 0), ("b", 1)):
             assert probe.main(["--checkpoint", make_checkpoint(root / folder, seed), "--benchmark", "blobs", "--shots",
                                "1,3", "--episodes", "30", "--probe-epochs", "1", "--workers", "0"]) == 0
@@ -420,7 +474,7 @@ def two_results(two_runs, tmp_path, quick_blobs):
 def test_two_checkpoints_get_the_same_draws_and_are_compared_in_pairs(two_results, capsys):
     a, b = (json.loads(path.read_text())["measurements"] for path in two_results)
     names = [f"{shots}-shot, {head} head" for head in ("attentive", "standardised") for shots in (1, 3)]
-    assert list(a) == list(b) == names + ["5-way 1-shot episodes", "5-way 5-shot episodes"]
+    assert list(a) == list(b) == ["5-way 1-shot episodes", "5-way 5-shot episodes"] + names
     assert [a[name]["how"] for name in a] == [b[name]["how"] for name in b]
     assert [a[name]["values"] for name in a] != [b[name]["values"] for name in b]
     assert a["3-shot, attentive head"]["how"]["labelled"] == 24 and len(a["3-shot, attentive head"]["values"]) == 5
@@ -449,7 +503,7 @@ def test_other_draws_are_not_compared(two_results, capsys, change, sentence):
 
 
 def test_other_labels_are_not_compared_and_replace_what_was_measured_before(two_results, monkeypatch, capsys):
-    monkeypatch.setattr(probe, "BlobClips", lambda frames, crop, count, seed: Clips(count, classes=7, folder=seed))
+    monkeypatch.setattr(data, "BlobVideos", lambda seed, frames, crop, count: Clips(count, classes=7, folder=seed))
     assert probe.main(["--checkpoint", str(two_results[1].parent / "last.pt"), "--benchmark", "blobs", "--workers", "0",
                        "--episodes", "30"]) == 0
     kept = json.loads(two_results[1].read_text())["measurements"]
@@ -478,17 +532,16 @@ def test_the_benchmarks_run_from_their_publishers_files(tmp_path, miniature, ben
     found, recipe = result(tmp_path, benchmark), BENCHMARKS[benchmark]
     assert (found["train"]["clips"], found["test"]["clips"]) == (15, 3)
     few = [f"{k}-shot, {head} head" for head in (recipe.head, "standardised") for k in (1, 5)]
-    assert list(found["measurements"]) == [f"all labels, {recipe.head} head", *few, "3-way 1-shot episodes",
-                                           "3-way 5-shot episodes"]
+    assert list(found["measurements"]) == [f"all labels, {recipe.head} head", "3-way 1-shot episodes",
+                                           "3-way 5-shot episodes", *few]
     how = found["measurements"][f"all labels, {recipe.head} head"]["how"]
     assert {key: how[key] for key in recipe._fields} == recipe._replace(epochs=2)._asdict()
     features = np.load(tmp_path / f"features-{benchmark}-test.npy")
     assert features.shape == (3, 1 if recipe.pooled else 2 * 4 * 4, 128)
-    clip = data.open_dataset(benchmark, miniature, "test", 4, 32).evaluation_clip(2)
+    source = data.open_dataset(benchmark, miniature, "test", 4, 32)
     encoder = probe.make_encoder({**CONFIG, "seed": 100})
-    tokens = probe.last_level(encoder, clip.unsqueeze(0))[0]
-    expected = tokens.mean(0, keepdim=True) if recipe.pooled else tokens
-    torch.testing.assert_close(torch.tensor(features[2]).float(), expected, rtol=2e-3, atol=2e-3)
+    expected = naive_features(encoder, [source.evaluation_clip(item) for item in range(3)], recipe.pooled)
+    torch.testing.assert_close(torch.tensor(features).float(), expected, rtol=2e-3, atol=2e-3)
 
 
 def test_lists_of_ones_own_leave_out_and_name_what_is_broken(tmp_path, capsys):
@@ -614,14 +667,19 @@ def test_weights_that_do_not_fit_are_listed(tmp_path, capsys, change, sentences)
 
 
 class Harm:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
     def __reduce__(self):
-        return os.mkdir, (str(HERE / "harm-was-done"),)
+        return os.mkdir, (self.path,)
 
 
 @pytest.mark.parametrize("kind", ["code", "list", "other", "cut", "text", "gone"])
 def test_a_file_of_anything_else_gives_one_sentence_and_runs_no_code(tmp_path, capsys, kind):
     path = tmp_path / "w.pt"
-    content = {"code": {"encoder": Harm()}, "list": [1, 2], "other": {"model": {"x": torch.zeros(2)}},
+    content = {"code": {"encoder": Harm(tmp_path / "harm")}, "list": [1, 2], "other": {"model": {"x": torch.zeros(2)}},
                "cut": {"encoder": foreign(random_encoder(0))}}.get(kind)
     if content is not None:
         torch.save(content, path)
@@ -632,7 +690,7 @@ def test_a_file_of_anything_else_gives_one_sentence_and_runs_no_code(tmp_path, c
     assert probe.main(["--weights", str(path), "--out", str(tmp_path / "run")]) == 1
     message = capsys.readouterr().err
     assert message.startswith("probe.py: ") and str(path) in message and message.count("\n") == 1
-    assert not (HERE / "harm-was-done").exists()
+    assert not (tmp_path / "harm").exists()
 
 
 def test_foreign_weights_are_evaluated_like_a_checkpoint(tmp_path, quick_blobs, capsys):
@@ -644,7 +702,7 @@ def test_foreign_weights_are_evaluated_like_a_checkpoint(tmp_path, quick_blobs, 
     assert "tiny from 'target_encoder'" in capsys.readouterr().out
     assert result(tmp_path / "run")["sha256"] == probe.encoder_fingerprint(source)
     features = np.load(tmp_path / "run" / "features-blobs-test.npy")
-    expected = naive_features(SimpleNamespace(encoder=source), Clips(40), pooled=False)
+    expected = naive_features(source, readable(Clips(40)))
     torch.testing.assert_close(torch.tensor(features).float(), expected, rtol=2e-3, atol=2e-3)
 
 
@@ -688,7 +746,9 @@ def test_pictures_show_the_frames_both_masks_and_features(tmp_path, objective):
             assert (cells == cells[:, :1]).all()  # blocks span all of the time
     tokens = features[:, 1:].unflatten(-1, (8, 8)).unflatten(-3, (8, 8))
     assert (tokens == tokens[..., :1, :, :1]).all()  # one colour per token
-    assert not torch.equal(features[:, 1], features[:, 2])
+    for row, encoder in ((1, probe.make_encoder({**CONFIG, "seed": 100})), (2, probe.make_encoder(CONFIG))):
+        colours = probe.principal_colours(naive_features(encoder, clips)).view(4, 4, 8, 8, 3)  # trained, then untrained
+        torch.testing.assert_close(tokens[:, row - 1, :, :, :, 0, :, 0].movedim(2, -1), colours, rtol=0, atol=1 / 255)
 
 
 def test_masks_in_the_picture_hide_exactly_the_tokens_that_are_not_visible():
@@ -745,7 +805,7 @@ def test_bad_input_gives_one_sentence_and_writes_no_result(tmp_path, monkeypatch
     checkpoint = make_checkpoint(tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     if "--way" in flags:
-        monkeypatch.setattr(probe, "BlobClips", lambda frames, crop, count, seed: Clips(count, folder=seed))
+        monkeypatch.setattr(data, "BlobVideos", lambda seed, frames, crop, count: Clips(count, folder=seed))
     assert probe.main([checkpoint if flag == "CHECKPOINT" else flag for flag in flags]) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("probe.py: ") and sentence in message
@@ -754,7 +814,7 @@ def test_bad_input_gives_one_sentence_and_writes_no_result(tmp_path, monkeypatch
 
 def test_nothing_readable_and_features_that_are_not_finite_are_told(tmp_path, monkeypatch, capsys):
     checkpoint = make_checkpoint(tmp_path)
-    monkeypatch.setattr(probe, "BlobClips", lambda frames, crop, count, seed: Clips(count, range(count), folder=seed))
+    monkeypatch.setattr(data, "BlobVideos", lambda seed, frames, crop, count: Clips(count, range(count), folder=seed))
     flags = ["--checkpoint", checkpoint, "--benchmark", "blobs", "--workers", "0"]
     assert probe.main(flags) == 1 and "no clip of blobs-train can be read" in capsys.readouterr().err
     assert probe.main([*flags, "--pictures"]) == 1 and "none of the 40 clips can be read" in capsys.readouterr().err

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import probe
 import synthetic
 import train
-from objectives import OBJECTIVES, as_released
+from model import SIZES, Encoder, Size, foreign_name
+from objectives import OBJECTIVES, TERMS, Masking, Objective, Term, as_released
 
 ROOT = Path(__file__).parent.parent
 # A run that takes seconds: tiny clips, few steps, no probe.
@@ -72,6 +75,20 @@ def test_each_loss_trains_exactly_the_networks_that_its_definition_names(gradien
 
 def test_the_readme_prints_this_gradient_table(gradient_table):
     assert gradient_table in (ROOT / "README.md").read_text()
+
+
+def test_foreign_weights_are_where_the_encoder_and_its_target_begin(tmp_path, capsys):
+    config, _ = train.parse(QUICK)
+    torch.manual_seed(5)
+    source = Encoder(SIZES["tiny"], 4, 2)
+    theirs = {foreign_name(name): weight for name, weight in source.state_dict().items()}
+    torch.save({"ema_encoder": theirs}, tmp_path / "weights.pt")
+    config.weights = str(tmp_path / "weights.pt")
+    model = train.Trainer(config, torch.device("cpu")).model
+    for network in (model.encoder, model.target):
+        torch.testing.assert_close(network.state_dict(), source.state_dict(), rtol=0, atol=0)
+    assert train.main([*QUICK, "--patch", "8", "--weights", config.weights, "--out", str(tmp_path / "run")]) == 1
+    assert "--patch 4" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 # --------------------------------------------------------------------------------------------- schedules, EMA, runs
@@ -262,7 +279,7 @@ def test_training_on_ones_own_videos_skips_counts_and_names_what_cannot_be_read(
     assert train.main(flags) == 0
     assert "unreadable: " in capsys.readouterr().out
     assert "000003.mp4" in (tmp_path / "run" / "unreadable.txt").read_text()
-    assert train.main([*flags[:-1], str(tmp_path / "strict"), "--max-broken", "0.001"]) == 1
+    assert train.main([*flags[:-1], str(tmp_path / "strict"), "--max-broken", "0.001", "--steps", "30"]) == 1
     assert "--max-broken" in capsys.readouterr().err
 
 
@@ -336,3 +353,46 @@ def test_the_default_command_ends_with_the_table_and_the_probe_reads_its_checkpo
     config, _ = train.parse(flags)
     untrained = probe.make_encoder(probe.load_checkpoint(tmp_path / "run" / "last.pt")["config"])
     torch.testing.assert_close(untrained.state_dict(), train.build(config).encoder.state_dict(), rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------------- how fast it is
+
+SMALL = Size(24, 4, 2, predictor_width=16, predictor_depth=1, predictor_heads=2)
+
+
+@pytest.mark.parametrize("name", ["baseline", "kinematic"])
+def test_the_operations_of_a_step_are_what_torchs_own_counter_finds(name):
+    size, grid, objective = Size(48, 4, 4, predictor_width=32, predictor_depth=2), (4, 3, 5), OBJECTIVES[name]
+    model = train.JEPA(objective, size, patch=4, tubelet=2)
+    clips = torch.randint(256, (3, 3, 8, 12, 20), dtype=torch.uint8)
+    masks = train.draw_masks(clips, torch.Generator().manual_seed(0), grid, objective.masking)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(clips, masks, dict.fromkeys(("pred", "ctx"), 1.0) | {"kinematic": 0.0})[0]["total"].backward()
+    counts = [(visible.shape[1], masked.shape[1]) for visible, masked in masks]
+    assert counter.get_total_flops() == 3 * train.step_flops(size, 4, 2, grid, counts, objective.ema)
+
+
+def test_token_counts_that_change_every_step_compile_no_second_graph():
+    """All terms in one objective; after 20 steps of warm-up 200 more, forward and backward."""
+    terms = {name: Term(1.0) for name in TERMS} | {"ld": Term(1.0, {"dynamics_only": True, "hard": True})}
+    model = train.JEPA(Objective("both", "everything", terms), SMALL, patch=4, tubelet=2)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.compile(dynamic=True, fullgraph=True, backend="eager")  # a graph break would be an error
+    clips = torch.randint(256, (2, 3, 8, 20, 20), dtype=torch.uint8)
+    generator, seen = torch.Generator().manual_seed(0), set()
+    for step in range(220):
+        masks = train.draw_masks(clips, generator, (4, 5, 5), Masking())
+        weights = dict.fromkeys(("pred", "ctx", *terms), torch.tensor(step / 220))
+        model(clips, masks, weights)[0]["total"].backward()
+        seen.add(tuple(tokens.shape for mask in masks for tokens in mask))
+        if step == 19:
+            warm = train.compiled_graphs()
+    assert len(seen) > 20 and train.compiled_graphs() == warm
+
+
+def test_the_benchmark_prints_a_row_for_each_objective(capsys):
+    assert train.main(["--benchmark", "--objective", "baseline,fwm_hw_ld", *QUICK]) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["objective", "baseline", "fwm_hw_ld"]
+    assert all(float(row[1]) > 0 and float(row[2]) > 0 and row[4] == "unknown" for row in rows[1:])
