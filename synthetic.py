@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 DIRECTIONS = 8  # compass directions, counted from right (0) by way of down (2)
 WORLD = 32  # the side of a shape clip's world; a clip of any size shows this world larger or smaller
-SPEEDS = (3.0, 3.5, 4.0, 4.5)  # world units per frame
+SPEEDS = (4.0, 4.7, 5.3, 6.0)  # world units per frame
 RADIUS = 10.0  # world units
 
 # Each appearance: the distance to the outline at (x, y), or a lower bound of it, negative inside; the unit is RADIUS.

@@ -374,12 +374,13 @@ def test_the_operations_of_a_step_are_what_torchs_own_counter_finds(name):
 
 def test_token_counts_that_change_every_step_compile_no_second_graph():
     """All terms in one objective; after 20 steps of warm-up 200 more, forward and backward."""
-    terms = {name: Term(1.0) for name in TERMS} | {"ld": Term(1.0, {"dynamics_only": True, "hard": True})}
-    model = train.JEPA(Objective("both", "everything", terms), SMALL, patch=4, tubelet=2)
+    terms = {name: Term(1.0) for name in TERMS}
+    terms |= {"ld": Term(1.0, {"dynamics_only": True, "hard": True}), "sigreg": Term(1.0, {"directions": 64})}
+    model = train.JEPA(Objective("both", "everything", terms), SMALL, patch=3, tubelet=2)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model.compile(dynamic=True, fullgraph=True, backend="eager")  # a graph break would be an error
-    clips = torch.randint(256, (2, 3, 8, 20, 20), dtype=torch.uint8)
+    clips = torch.randint(256, (2, 3, 8, 15, 15), dtype=torch.uint8)
     generator, seen = torch.Generator().manual_seed(0), set()
     for step in range(220):
         masks = train.draw_masks(clips, generator, (4, 5, 5), Masking())
