@@ -116,8 +116,8 @@ def sample_masks(batch, grid, masking, generator, motion=None):
                 if not mask.all():
                     break
             else:
-                raise ValueError(f"no mask of {kind.blocks} blocks of {size[0]}x{size[1]} tokens leaves anything visible "
-                                 f"on a token grid of {grid}; use a larger crop or smaller patches")
+                raise ValueError(f"no mask of {kind.blocks} blocks of {size[0]}x{size[1]} tokens leaves anything "
+                                 f"visible on a token grid of {grid}; use a larger crop or smaller patches")
             clips.append(mask)
         mask = torch.stack(clips)  # (B, N)
         least_visible, least_masked = int((~mask).sum(1).min()), int(mask.sum(1).min())
@@ -252,7 +252,7 @@ def context(record):
 
 
 def hw(record, temperature=1.0):
-    """Hard-region weighting: mean(w e), e = |p - h[masked]|, w = k softmax(e / temperature) over a clip's masked tokens.
+    """Hard-region weighting: mean(w e), e = |p - h[masked]|, w = k softmax(e / temperature) over the clip's k tokens.
 
     No gradient runs through w. With e of order 1 and temperature 1 the weights stay close to uniform.
     """

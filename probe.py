@@ -13,6 +13,7 @@ the checkpoint's folder. `--weights FILE --out DIR` takes V-JEPA 2.1 weights in 
 """
 import argparse
 import hashlib
+import io
 import json
 import math
 import os
@@ -203,11 +204,15 @@ def source_fingerprint(source):
     return fingerprint(list(map(str, paths)), sizes, source.labels)
 
 
-def write_json(path, content):
-    """Under a temporary name, then renamed: a reader sees the old file or the new one, never a half."""
+def write_file(path, content):
+    """Write bytes under a temporary name, then rename: a reader sees the old file or the new one, never a half."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
+    temporary.write_bytes(content)
     os.replace(temporary, path)
+
+
+def write_json(path, content):
+    write_file(path, json.dumps(content, indent=1).encode())
 
 
 def read_json(path):
@@ -601,10 +606,10 @@ def principal_colours(tokens):
 
 
 def save_rows(rows, path):
-    """A list of rows [t, 3, H, W] -> a PNG with a row's pictures side by side, written whole as by `write_json`."""
-    temporary = path.with_name(path.name + ".tmp")
-    save_image(torch.cat(rows), temporary, nrow=len(rows[0]), pad_value=1, format="png")
-    os.replace(temporary, path)
+    """A list of rows [t, 3, H, W] -> a PNG with a row's pictures side by side."""
+    buffer = io.BytesIO()
+    save_image(torch.cat(rows), buffer, nrow=len(rows[0]), pad_value=1, format="png")
+    write_file(path, buffer.getvalue())
     print(f"written to {path}")
 
 

@@ -232,13 +232,6 @@ def collapse_meter(h, most_tokens=4096):
 # ------------------------------------------------------------------------------------------------------ run folder
 
 
-def write_file(path, content):
-    """Write bytes under a temporary name, then rename: a reader sees the old file or the new one, never a half."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def open_run(config, resume):
     """The run folder and, to go on from, its checkpoint or None. Never overwrites a run that is there."""
     folder = Path(config.out)
@@ -255,7 +248,7 @@ def open_run(config, resume):
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds something that is not a run; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(saved, json.dumps(asdict(config), indent=2).encode())
+    probe.write_json(saved, asdict(config))
     return folder, checkpoint
 
 
@@ -266,7 +259,7 @@ class Metrics:
         """Keep the lines before first_step: what comes after them is about to be computed again."""
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) < first_step]
-        write_file(path, "".join(lines[:1] + kept if kept else []).encode())
+        probe.write_file(path, "".join(lines[:1] + kept if kept else []).encode())
         self.file, self.empty = path.open("a", newline=""), not kept
 
     def write(self, row):
@@ -341,7 +334,7 @@ class Trainer:
         torch.save({"config": asdict(self.config), "step": step, "evaluated": self.objective.evaluated,
                     "optimizer": self.optimizer.state_dict(),
                     **{part: getattr(self.model, part).state_dict() for part in self.PARTS}}, buffer)
-        write_file(folder / "last.pt", buffer.getvalue())
+        probe.write_file(folder / "last.pt", buffer.getvalue())
 
     def load(self, checkpoint):
         """Take over a checkpoint; returns the first step to do."""
@@ -395,7 +388,7 @@ def train(config, resume=False):
     trainer = Trainer(config, device, ranks)
     objective = trainer.objective
     grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
-    sample_masks(1, grid, objective.masking, torch.Generator())  # a grid too small is refused before anything is written
+    sample_masks(1, grid, objective.masking, torch.Generator())  # refuses a grid too small before anything is written
     batches = data.Batches(training_source(config), config.batch, config.steps, config.seed,
                            functools.partial(draw_masks, grid=grid, masking=objective.masking), rank, ranks)
     folder, checkpoint = open_run(config, resume) if rank == 0 else (Path(config.out), None)
@@ -407,9 +400,9 @@ def train(config, resume=False):
     metrics = Metrics(folder / "metrics.csv", start) if rank == 0 else None
     broken = data.Broken()
     peak, began, timed_from = peak_flops(device), time.perf_counter(), start
-    with StopSignal() as stop, tqdm(total=config.steps, initial=start, unit="step", disable=rank > 0,
-                                    desc=f"{config.objective}, batch {config.batch} = {ranks} x {config.batch // ranks}"
-                                    ) as bar:
+    title = f"{config.objective}, batch {config.batch} = {ranks} x {config.batch // ranks}"
+    bar = tqdm(total=config.steps, initial=start, unit="step", disable=rank > 0, desc=title)
+    with StopSignal() as stop, bar:
         for step, (clips, masks, unreadable) in enumerate(data.loader(batches, start, config.workers), start):
             values, h, gradient_norm = trainer.step(step, clips, masks)
             broken.add(unreadable, len(clips))
@@ -443,8 +436,8 @@ def train(config, resume=False):
                 bar.set_postfix({**shown, "unreadable": broken} if broken.files else shown)
                 broken.write(folder)
                 if broken.clips >= 100 and broken.share > config.max_broken:  # fewer would judge by one file
-                    raise ValueError(f"{broken.share:.0%} of the clips cannot be read ({broken}), more than --max-broken "
-                                     f"{config.max_broken:g}; {folder}/unreadable.txt names them")
+                    raise ValueError(f"{broken.share:.0%} of the clips cannot be read ({broken}), more than "
+                                     f"--max-broken {config.max_broken:g}; {folder}/unreadable.txt names them")
             if save and rank == 0:
                 trainer.save(folder, step + 1)
             if stopping:
@@ -552,8 +545,8 @@ def benchmark(config, names):
     on_gpu, peak = device.type == "cuda", peak_flops(device)
     print(f"{torch.cuda.get_device_name(device) if on_gpu else 'CPU, ' + str(torch.get_num_threads()) + ' threads'}, "
           f"torch {torch.__version__}, {config.size}, {config.frames} x {config.crop} px, batch {config.batch}; plain: "
-          "float32, uncompiled, attention by its mathematics\n\n"
-          "| objective | ms/step | clips/s | TFLOP/s | MFU | peak memory GiB | graph breaks | recompilations | x plain |\n"
+          "float32, uncompiled, attention by its mathematics\n\n| objective | ms/step | clips/s | TFLOP/s | MFU | "
+          "peak memory GiB | graph breaks | recompilations | x plain |\n"
           "|---|---|---|---|---|---|---|---|---|")
     for name in names:
         config = replace(config, objective=name)
@@ -576,9 +569,9 @@ def benchmark(config, names):
             trainer.step(0, clips, masks[0])
             plain = time_steps(trainer, clips, masks)
         del trainer
-        print(f"| {name} | {1000 * seconds:.1f} | {config.batch / seconds:.0f} | {rate / 1e12:.3g} | "
-              f"{f'{rate / peak:.0%}' if peak else 'unknown'} | {memory} | {breaks} | {graphs} | {plain / seconds:.2f} |",
-              flush=True)
+        share = f"{rate / peak:.0%}" if peak else "unknown"
+        print(f"| {name} | {1000 * seconds:.1f} | {config.batch / seconds:.0f} | {rate / 1e12:.3g} | {share} | {memory} | "
+              f"{breaks} | {graphs} | {plain / seconds:.2f} |", flush=True)
     if config.data or config.root:
         batches = data.Batches(training_source(config), config.batch, 2 * TIMED_ROUNDS, config.seed,
                                functools.partial(draw_masks, grid=grid, masking=masking))

@@ -133,8 +133,8 @@ def main():
     parser.add_argument("--batch", default="4")
     parser.add_argument("--rounds", type=int, default=5)
     flags = parser.parse_args()
-    config, _ = train.parse(["--objective", "fwm_hw_ld", "--size", flags.size, "--patch", "16", "--frames", "16", "--crop",
-                             flags.crop, "--batch", flags.batch, "--device", "cpu"])
+    config, _ = train.parse(["--objective", "fwm_hw_ld", "--size", flags.size, "--patch", "16", "--frames", "16",
+                             "--crop", flags.crop, "--batch", flags.batch, "--device", "cpu"])
     trainer, plain = (train.Trainer(config, torch.device("cpu")) for _ in range(2))
     plain_optimizer = torch.optim.AdamW(plain.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     clips = torch.randint(256, (config.batch, 3, 16, config.crop, config.crop), dtype=torch.uint8)
