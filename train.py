@@ -71,7 +71,7 @@ class Config:
 
 
 STUDY = dict(frames=16, crop=224, size="vit_base", patch=16, steps=30_000, batch=32, lr=6e-4, ema=0.99925, workers=8,
-             log_every=50, save_every=1000)
+             log_every=100, save_every=1000)
 PRESETS = {
     "synthetic": dict(),
     "ucf101": dict(STUDY, fps=16),
@@ -570,8 +570,8 @@ def benchmark(config, names):
             plain = time_steps(trainer, clips, masks)
         del trainer
         share = f"{rate / peak:.0%}" if peak else "unknown"
-        print(f"| {name} | {1000 * seconds:.1f} | {config.batch / seconds:.0f} | {rate / 1e12:.3g} | {share} | {memory} | "
-              f"{breaks} | {graphs} | {plain / seconds:.2f} |", flush=True)
+        print(f"| {name} | {1000 * seconds:.1f} | {config.batch / seconds:.0f} | {rate / 1e12:.3g} | {share} | "
+              f"{memory} | {breaks} | {graphs} | {plain / seconds:.2f} |", flush=True)
     if config.data or config.root:
         batches = data.Batches(training_source(config), config.batch, 2 * TIMED_ROUNDS, config.seed,
                                functools.partial(draw_masks, grid=grid, masking=masking))
