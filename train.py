@@ -55,7 +55,7 @@ class Config:
     patch: int = 8
     tubelet: int = 2
     # optimisation
-    steps: int = 1200
+    steps: int = 800
     batch: int = 32  # clips per step over all ranks together
     lr: float = 1e-3
     warmup_lr: float = 1e-4  # the learning rate of step 0
