@@ -173,7 +173,7 @@ def read_image(path):
         raise Unreadable(path, getattr(error, "strerror", None) or error) from None
 
 
-# --------------------------------------------------------------------------------- which frames (METHOD.md 7 and 8)
+# ----------------------------------------------------------------------------------------------------- which frames
 
 
 def spread(start, length, count):

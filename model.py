@@ -151,7 +151,7 @@ def initialise(network):
 class Encoder(nn.Module):
     """Video ViT: tubelet embedding, optional masking, transformer blocks, four normalised levels.
 
-    No class token, no registers, no absolute positions (METHOD.md section 2).
+    No class token, no registers, no absolute positions.
     """
 
     def __init__(self, size, patch, tubelet):

@@ -8,7 +8,7 @@ H+ are the detached targets at the same two places. A "pair" is a visible token 
 the absolute value, averaged over channels. Shapes are named in model.py.
 """
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ MAX_REDRAWS = 1000
 
 @dataclass(frozen=True)
 class Masking:
-    """How an objective draws its two masks (METHOD.md section 3).
+    """How an objective draws its two masks.
 
     motion_strength s: blocks fall where things move, with probability proportional to (mean motion under block)^s;
     uniform_share r: the share of blocks placed uniformly all the same; first_steps: only the first share of the time
@@ -195,13 +195,15 @@ def next_step(visible, grid):
     return index, visible.gather(1, index) == wanted
 
 
-def change(record, view):
-    """Z+ - Z and H+ - H at a view's visible tokens, each [B, n, 4D], and which of them are pairs [B, n]."""
-    index, found = next_step(view.visible, record.grid)
-    last = record.h.shape[1] - 1
+def later(visible, grid):
+    """Token ids one time step on: [B, n]. The last step has none; its tokens get ids that are in range, no more."""
+    return (visible + grid[1] * grid[2]).clamp(max=math.prod(grid) - 1)
+
+
+def target_change(record, view):
+    """H+ - H at a view's visible tokens: [B, n, 4D]. It makes sense where there is a next time step."""
     h = record.h.detach()
-    h_change = take(h, (view.visible + record.grid[1] * record.grid[2]).clamp(max=last)) - take(h, view.visible)
-    return take(view.z, index) - view.z, h_change, found
+    return take(h, later(view.visible, record.grid)) - take(h, view.visible)
 
 
 def dynamics_channels(z, ratio=0.5):
@@ -215,10 +217,6 @@ def dynamics_channels(z, ratio=0.5):
 
 def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def at_all(view):
-    return torch.ones_like(view.visible, dtype=torch.bool)
 
 
 # ------------------------------------------------------------------------------------------------------ core loss
@@ -267,8 +265,8 @@ def hw(record, temperature=1.0):
 def delta(record):
     """Change matching: mean |(Z+ - Z) - (H+ - H)| over pairs."""
     def errors(view):
-        z_change, h_change, pairs = change(record, view)
-        return (z_change - h_change).abs().mean(-1), pairs
+        index, pairs = next_step(view.visible, record.grid)
+        return (take(view.z, index) - view.z - target_change(record, view)).abs().mean(-1), pairs
     return mean_over_views(record, errors)
 
 
@@ -278,12 +276,12 @@ def ld(record, head, dynamics_only=False, hard=False, temperature=1.0, as_releas
     dynamics_only: d sees the dynamics channels only (with fwm). hard: each pair weighs
     w = n_pairs softmax(error / temperature) over all pairs of the batch, no gradient through w (with hw; each rank
     of a distributed run takes its own softmax). as_released: the released code formed that weighted mean in a
-    no-gradient block, so the term trains nothing (METHOD.md section 9, point 1).
+    no-gradient block, so the term trains nothing (README, departures, point 1).
     """
     def errors(view):
-        _, h_change, pairs = change(record, view)
+        _, pairs = next_step(view.visible, record.grid)
         seen = dynamics_channels(view.z) if dynamics_only else view.z
-        error = (head(seen) - h_change).abs().mean(-1)  # (B, n)
+        error = (head(seen) - target_change(record, view)).abs().mean(-1)  # (B, n)
         if hard:
             score = (error.detach() / temperature).masked_fill(~pairs, torch.finfo(error.dtype).min)
             error = error * pairs.sum() * torch.softmax(score.flatten(), dim=0).view_as(score)
@@ -296,8 +294,9 @@ def ld(record, head, dynamics_only=False, hard=False, temperature=1.0, as_releas
 def fwm_static(record, ratio=0.5):
     """Factorised world model, appearance stands still: mean |A+ - A| over pairs, A the first int(ratio 4D) channels."""
     def errors(view):
-        z_change, _, pairs = change(record, view)
-        return z_change[..., :int(ratio * z_change.shape[-1])].abs().mean(-1), pairs
+        index, pairs = next_step(view.visible, record.grid)
+        appearance = view.z[..., :int(ratio * view.z.shape[-1])]
+        return (take(appearance, index) - appearance).abs().mean(-1), pairs
     return mean_over_views(record, errors)
 
 
@@ -325,6 +324,7 @@ def spectral(record):
     t, h, w = record.grid
 
     def errors(view):
+        # On the whole grid: to know how many positions are visible throughout, the host would have to wait for the GPU.
         everywhere = torch.arange(t * h * w, device=view.visible.device).expand(len(view.visible), -1).contiguous()
         index = torch.searchsorted(view.visible, everywhere).clamp(max=view.visible.shape[1] - 1)  # (B, N)
         found = (view.visible.gather(1, index) == everywhere).view(-1, t, h * w).all(1)  # (B, h*w)
@@ -339,10 +339,10 @@ def spectral(record):
 def ltc(record, margin=0.5):
     """Latent temporal contrast: mean max(0, margin - cos(Z, H) + cos(Z, H+)) over pairs."""
     def errors(view):
-        _, h_change, pairs = change(record, view)
-        now = take(record.h.detach(), view.visible)  # (B, n, 4D)
-        here, later = F.cosine_similarity(view.z, now, dim=-1), F.cosine_similarity(view.z, now + h_change, dim=-1)
-        return (margin - here + later).clamp(min=0), pairs
+        _, pairs = next_step(view.visible, record.grid)
+        now, then = (take(record.h.detach(), tokens) for tokens in (view.visible, later(view.visible, record.grid)))
+        closeness = F.cosine_similarity(view.z, now, dim=-1) - F.cosine_similarity(view.z, then, dim=-1)  # (B, n)
+        return (margin - closeness).clamp(min=0), pairs
     return mean_over_views(record, errors)
 
 
@@ -357,11 +357,10 @@ def ac(record, head, dynamics_only=False):
     rgb = F.avg_pool3d(record.clips, cell).flatten(2).transpose(1, 2)  # (B, N, 3)
 
     def errors(view):
-        _, found = next_step(view.visible, record.grid)
-        later = (view.visible + h * w).clamp(max=t * h * w - 1)
-        target = take(rgb, later) - take(rgb, view.visible)  # (B, n, 3)
+        _, pairs = next_step(view.visible, record.grid)
+        target = take(rgb, later(view.visible, record.grid)) - take(rgb, view.visible)  # (B, n, 3)
         seen = dynamics_channels(view.z) if dynamics_only else view.z
-        return (head(seen) - target).abs().mean(-1), found
+        return (head(seen) - target).abs().mean(-1), pairs
     return mean_over_views(record, errors)
 
 
@@ -430,8 +429,7 @@ def hamiltonian(record, head, dt=0.1):
     def errors(view):
         q, p = view.z.chunk(2, dim=-1)  # (B, n, 2D) each
         _, pairs = next_step(view.visible, record.grid)
-        later = (view.visible + record.grid[1] * record.grid[2]).clamp(max=record.h.shape[1] - 1)
-        q_target, p_target = take(record.h.detach(), later).chunk(2, dim=-1)
+        q_target, p_target = take(record.h.detach(), later(view.visible, record.grid)).chunk(2, dim=-1)
         q = q + dt * energy_gradient(head, q, p)[1]
         p = p - dt * energy_gradient(head, q, p)[0]
         return (q - q_target).abs().mean(-1) + (p - p_target).abs().mean(-1), pairs
@@ -449,9 +447,9 @@ def velgate(record, percentile=0.5):
     gate = (v <= v.quantile(percentile, dim=-1, keepdim=True)).flatten(1)  # (B, (t-1)*h*w)
 
     def errors(view):
-        z_change, _, pairs = change(record, view)
+        index, pairs = next_step(view.visible, record.grid)
         slow = gate.gather(1, view.visible.clamp(max=gate.shape[1] - 1))  # the last time step holds no pair
-        return z_change.abs().mean(-1) * slow, pairs
+        return (take(view.z, index) - view.z).abs().mean(-1) * slow, pairs
     return mean_over_views(record, errors)
 
 
@@ -486,10 +484,10 @@ class Objective:
 
 
 def as_released(objective):
-    """The same objective with the two departures of the released code (METHOD.md section 9, points 1 and 2)."""
-    terms = {name: Term(term.coefficient, {**term.options, "as_released": True}, term.anneal)
-             if term.options.get("hard") else term for name, term in objective.terms.items()}
-    return Objective(objective.regime, objective.about, terms, objective.masking, objective.ema, released=True)
+    """The same objective with the two departures of the released code (README, departures, points 1 and 2)."""
+    terms = {name: replace(term, options={**term.options, "as_released": True}) if term.options.get("hard") else term
+             for name, term in objective.terms.items()}
+    return replace(objective, terms=terms, released=True)
 
 
 FWM = {"fwm_static": Term(0.05), "fwm_orth": Term(0.01)}

@@ -34,7 +34,7 @@ from tqdm import tqdm
 import data
 from model import SIZES, Encoder, load_foreign, token_grid
 from objectives import OBJECTIVES, motion_map, sample_masks
-from synthetic import Blobs, Shapes
+from synthetic import APPEARANCES, DIRECTIONS, SPEEDS, Blobs, Shapes
 
 HELD_OUT = 1_000_003  # seeds of the probes' clips: far from those of any training run
 WEIGHT_DECAY = 0.01
@@ -51,7 +51,7 @@ class Recipe(NamedTuple):
     epochs: int
 
 
-BENCHMARKS = {  # METHOD.md section 8; which frames and which resizing: data.py
+BENCHMARKS = {  # the study's; which frames and which resizing: data.py
     "diving48": Recipe("attentive", False, 1e-3, 16, 100),
     "ssv2": Recipe("attentive", True, 1e-3, 16, 100),
     "imagenet100": Recipe("linear", True, 1e-3, 256, 50),
@@ -541,7 +541,7 @@ def synthetic_sets(encoder, frames, crop, count, pooled):
     """Held-out moving-shape clips, labelled by each factor: {factor: (to train on, a third as many to test on)}."""
     sets = {}
     for number, seed in ((count, HELD_OUT), (max(1, count // 3), HELD_OUT + 1)):
-        source = Shapes(frames, crop, seed)
+        source = Shapes(frames, crop, seed, encoder.video.device)
         parts = [last_level(encoder, source.clips(items)) for items in torch.arange(number).split(64)]
         features = torch.cat([part.mean(1, keepdim=True) if pooled else part for part in parts])
         for factor, labels in source.factors(torch.arange(number)).items():
@@ -558,7 +558,8 @@ def synthetic_accuracy(encoder, frames, crop, count=3072, attentive=False, seed=
 
 def report(encoder, frames, crop, clips, seed):
     """Print the linear and the attentive probe of each factor of the moving-shape clips."""
-    print("top-1 %, chance: direction 12.5, speed 25, appearance 12.5")
+    chance = {"direction": DIRECTIONS, "speed": len(SPEEDS), "appearance": len(APPEARANCES)}
+    print("top-1 %, chance: " + ", ".join(f"{factor} {100 / classes:g}" for factor, classes in chance.items()))
     for kind in SYNTHETIC:
         found = synthetic_accuracy(encoder, frames, crop, clips, kind == "attentive", seed, progress=kind)
         print(f"{kind:<10}" + "".join(f"  {factor} {value:5.1f}" for factor, value in found.items()), flush=True)

@@ -93,7 +93,7 @@ class Shapes:
 class Blobs:
     """The study's synthetic benchmark: a bright disc on noise that runs to the border and stays there.
 
-    160x160 pixels, 32 frames at 8 per second, about 4 pixels a frame, 8 directions in turn (METHOD.md section 8).
+    160x160 pixels, 32 frames at 8 per second, about 4 pixels a frame, 8 directions in turn.
     Disc size, brightness and noise are not on record; here: radius 12, value 230, uniform noise below 60 that is
     fresh in every frame.
     """

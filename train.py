@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -26,48 +26,52 @@ from tqdm import tqdm
 
 import data
 import probe
-from model import SIZES, Encoder, Predictor, Size, level_normalise, load_foreign, token_grid
+from model import LEVELS, SIZES, Encoder, Predictor, Size, level_normalise, load_foreign, token_grid
 from objectives import (OBJECTIVES, Record, View, as_released, coefficients, losses, make_heads, mean_over_ranks,
                         motion_map, sample_masks)
-from synthetic import Shapes
+from synthetic import APPEARANCES, DIRECTIONS, Shapes
+
+
+def setting(default, meaning):
+    return field(default=default, metadata={"help": f"{meaning} [{default}]"})
 
 
 @dataclass
 class Config:
     """Everything that makes a run: the synthetic preset's values, for two CPU cores. Every field is a flag."""
-    preset: str = "synthetic"
-    objective: str = "baseline"
-    as_released: bool = False  # the released code's behaviour instead of its description (README)
-    out: str = ""  # the run folder; by default runs/<preset>-<objective>-seed<seed>
-    seed: int = 0
+    preset: str = setting("synthetic", "the values that the other flags start from")
+    objective: str = setting("baseline", "one of --list")
+    as_released: bool = setting(False, "behave as the released code, not as its description (README)")
+    out: str = setting("", "the run folder; runs/<preset or name of --data>-<objective>-seed<seed> if not said")
+    seed: int = setting(0, "of weights, clips and masks")
     # data
-    data: str = ""  # one's own videos: a list (lines "path label" or "path") or a folder
-    root: str = ""  # the folder that holds the study's datasets
-    frames: int = 8
-    crop: int = 32  # pixels
-    frame_step: int = 1  # frames from one to the next
-    fps: int = 0  # if given, the frame step is what comes nearest to so many frames per second
-    workers: int = 0  # loader processes
-    max_broken: float = 0.05  # stop when a larger share of the clips cannot be read
+    data: str = setting("", 'videos of one\'s own: a list (lines "path label" or "path") or a folder')
+    root: str = setting("", "the folder that holds the study's datasets")
+    frames: int = setting(8, "frames of a clip")
+    crop: int = setting(32, "height and width of a clip in pixels")
+    frame_step: int = setting(1, "frames from one to the next")
+    fps: int = setting(0, "if given, the frame step is what comes nearest to so many frames per second")
+    workers: int = setting(0, "loader processes")
+    max_broken: float = setting(0.05, "stop when a larger share of the clips cannot be read")
     # model
-    size: str = "tiny"
-    weights: str = ""  # a V-JEPA 2.1 checkpoint for the encoder to start from
-    patch: int = 8
-    tubelet: int = 2
+    size: str = setting("tiny", "of the networks: " + ", ".join(SIZES))
+    weights: str = setting("", "a V-JEPA 2.1 checkpoint for the encoder to start from")
+    patch: int = setting(8, "height and width of a token in pixels")
+    tubelet: int = setting(2, "frames of a token")
     # optimisation
-    steps: int = 800
-    batch: int = 32  # clips per step over all ranks together
-    lr: float = 1e-3
-    warmup_lr: float = 1e-4  # the learning rate of step 0
-    weight_decay: float = 0.04
-    ema: float = 0.97  # momentum of the target encoder
+    steps: int = setting(800, "training steps; every schedule is a share of them")
+    batch: int = setting(32, "clips per step, over all ranks together")
+    lr: float = setting(1e-3, "learning rate after the warm-up, which is the first 1 %% of the steps")
+    warmup_lr: float = setting(1e-4, "learning rate of step 0")
+    weight_decay: float = setting(0.04, "of matrices; biases and 1-D tensors have none")
+    ema: float = setting(0.97, "momentum of the target encoder")
     # machine
-    device: str = "auto"  # cuda, mps or cpu
-    compile: str = "auto"  # yes, no; auto: on cuda only
+    device: str = setting("auto", "cuda, mps or cpu")
+    compile: str = setting("auto", "yes or no; auto: on cuda only")
     # logging
-    log_every: int = 10  # steps between lines of metrics.csv
-    save_every: int = 100  # steps between checkpoints
-    probe_clips: int = 3072  # labelled synthetic clips of the final table; 0: no table
+    log_every: int = setting(10, "steps between lines of metrics.csv")
+    save_every: int = setting(100, "steps between checkpoints")
+    probe_clips: int = setting(3072, "labelled synthetic clips of the final table; 0: no table")
 
 
 STUDY = dict(frames=16, crop=224, size="vit_base", patch=16, steps=30_000, batch=32, lr=6e-4, ema=0.99925, workers=8,
@@ -90,8 +94,7 @@ def known(kind, name, names):
 
 def parse(arguments):
     """Command line -> (Config, other flags). The preset's values first, then what the flags say."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--list", action="store_true", help="print the 28 objectives and stop")
     parser.add_argument("--gradients", action="store_true", help="print which networks each loss trains and stop")
     parser.add_argument("--benchmark", action="store_true", help="time the training step; --objective a,b or all")
@@ -99,18 +102,19 @@ def parse(arguments):
     for item in fields(Config):
         flag = "--" + item.name.replace("_", "-")
         if item.type is bool:
-            parser.add_argument(flag, action="store_true", default=None, help=f"{item.default}")
+            parser.add_argument(flag, action="store_true", default=None, help=item.metadata["help"])
         else:
-            parser.add_argument(flag, type=item.type, metavar=item.type.__name__.upper(), help=f"{item.default}")
+            parser.add_argument(flag, type=item.type, metavar=item.type.__name__.upper(), help=item.metadata["help"])
     given, unknown = parser.parse_known_args(arguments)
-    for flag in unknown:
+    if unknown:
         flags = [option for action in parser._actions for option in action.option_strings if option[:2] == "--"]
-        known("flag", flag.split("=")[0], flags)
-        raise ValueError(f"unexpected argument '{flag}'")
+        known("flag", unknown[0].split("=")[0], flags)
     preset = known("preset", given.preset or Config.preset, PRESETS)
     chosen = {item.name: getattr(given, item.name) for item in fields(Config)
               if getattr(given, item.name) is not None}
     config = Config(**{**PRESETS[preset], **chosen, "preset": preset})
+    if "frame_step" in chosen and "fps" not in chosen:
+        config.fps = 0
     if given.benchmark:
         given.names = list(OBJECTIVES) if config.objective == "all" else config.objective.split(",")
         config.objective = given.names[0]
@@ -125,16 +129,17 @@ def check(config):
     known("size", config.size, SIZES)
     known("device", config.device, ("auto", "cuda", "mps", "cpu"))
     known("value of --compile", config.compile, ("auto", "yes", "no"))
+    for name in ("frames", "crop", "patch", "tubelet", "steps", "batch", "log_every", "save_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least 1")
     grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
     if grid[0] < 2:
         raise ValueError(f"{config.frames} frames in tubelets of {config.tubelet} give {grid[0]} time step; "
                          "the method needs at least 2: raise --frames")
-    for name in ("steps", "batch", "log_every", "save_every"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least 1")
     if not config.out:
         released = "-as-released" if config.as_released else ""
-        config.out = f"runs/{config.preset}-{config.objective}{released}-seed{config.seed}"
+        source = Path(config.data).stem if config.data else config.preset
+        config.out = f"runs/{source}-{config.objective}{released}-seed{config.seed}"
     return config
 
 
@@ -224,12 +229,17 @@ def collapse_meter(h, most_tokens=4096):
     tokens = h.flatten(0, 1).float()  # (B*N, 4D)
     tokens = tokens[:: max(1, len(tokens) // most_tokens)]
     tokens = tokens - tokens.mean(0)
-    squared = torch.linalg.eigvalsh(tokens.T @ tokens).clamp(min=0)  # the singular values' squares
-    share = squared.sqrt() / squared.sqrt().sum()
+    gram = tokens.T @ tokens
+    squared = torch.linalg.eigvalsh(gram.cpu() if gram.device.type == "mps" else gram)  # singular values, squared
+    squared = squared * (squared > 1e-6 * squared[-1])  # what lies below is rounding
+    share = squared.sqrt() / squared.sqrt().sum().clamp(min=1e-12)
     return torch.special.entr(share).sum().exp(), tokens.std(0).mean()
 
 
 # ------------------------------------------------------------------------------------------------------ run folder
+
+
+MACHINE = ("out", "device", "compile", "workers")  # where a run runs, not what it computes
 
 
 def open_run(config, resume):
@@ -238,7 +248,7 @@ def open_run(config, resume):
     saved, checkpoint = folder / "config.json", None
     if saved.exists():
         before, now = json.loads(saved.read_text()), asdict(config)
-        different = [name for name in now if before.get(name) != now[name]]
+        different = [name for name in now if name not in MACHINE and before.get(name) != now[name]]
         if different:
             raise ValueError(f"{folder} holds a different run ({', '.join(different)} differ); choose another --out")
         if not resume:
@@ -464,13 +474,14 @@ def print_result(config, model, device):
     print("\nlinear probe, top-1 %   motion direction   appearance")
     for name, accuracy in rows.items():
         print(f"{name:<22} {accuracy['direction']:17.1f} {accuracy['appearance']:12.1f}")
-    print(f"{'chance':<22} {100 / 8:17.1f} {100 / 8:12.1f}")
+    print(f"{'chance':<22} {100 / DIRECTIONS:17.1f} {100 / len(APPEARANCES):12.1f}")
 
 
 # ----------------------------------------------------------------------------------------------------- how fast it is
 
 # Dense bfloat16 multiply-add rates by datasheet, as operations per second.
-PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+         "RTX 4090": 165e12}
 WARMUP_STEPS, TIMED_ROUNDS, ROUND = 20, 5, 4  # steps, rounds, steps in a round
 
 
@@ -485,7 +496,7 @@ def step_flops(size, patch, tubelet, grid, counts, ema=True):
     counts: (visible, masked) tokens of each mask. A backward pass is two forward ones, but that nobody asks for the
     gradient of the pixels. What flash attention or checkpointing computes again does not count, nor do the terms.
     """
-    width, narrow, channels = size.width, size.predictor_width, 4 * size.width
+    width, narrow, channels = size.width, size.predictor_width, LEVELS * size.width
     embedding = 2 * math.prod(grid) * width * 3 * tubelet * patch ** 2
 
     def encoder(tokens, trained):
@@ -535,51 +546,70 @@ def compiled_graphs():
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
-def benchmark(config, names):
-    """Print a table: what a training step of each of these objectives costs, and beside it the same step plainly."""
-    _, ranks, device = start_ranks(config)
+def benchmark_row(config, device, ranks, clips):
+    """Seconds of a step, and the cells of the table that follow from it, of one objective."""
+    objective, generator = OBJECTIVES[config.objective], torch.Generator().manual_seed(config.seed)
     grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
+    masks = [draw_masks(clips.cpu(), generator, grid, objective.masking) for _ in range(8)]
+    masks = [[(visible.to(device), masked.to(device)) for visible, masked in pair] for pair in masks]
+    torch._dynamo.reset()  # every objective compiles the same functions, and there is a limit to how often
+    trainer = Trainer(config, device, ranks)
+    for step in range(WARMUP_STEPS if trainer.compiled else 2):
+        trainer.step(step, clips, masks[step % len(masks)])
+    before, memory = compiled_graphs(), "-"
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = time_steps(trainer, clips, masks)
+    if device.type == "cuda":
+        memory = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f}"
+    graphs, breaks = (after - earlier for after, earlier in zip(compiled_graphs(), before))
+    del trainer
+    trainer = Trainer(replace(config, compile="no"), device, ranks)
+    trainer.autocast = nullcontext()
+    with sdpa_kernel(SDPBackend.MATH):
+        trainer.step(0, clips, masks[0])
+        plain = time_steps(trainer, clips, masks)
+    peak, rate = peak_flops(device), statistics.mean(flops_of(config, pair, objective.ema) for pair in masks) / seconds
+    return seconds, [f"{rate / 1e12:.3g}", f"{rate / peak:.0%}" if peak else "unknown", memory, str(breaks),
+                     str(graphs), f"{plain / seconds:.2f}"]
+
+
+def benchmark(config, names):
+    """Print a table: what a training step of each of these objectives costs, and how fast files can be read for it."""
+    rank, ranks, device = start_ranks(config)
     generator = torch.Generator().manual_seed(config.seed)
-    clips = torch.randint(256, (config.batch // ranks, 3, config.frames, config.crop, config.crop), dtype=torch.uint8,
-                          generator=generator).to(device)
-    on_gpu, peak = device.type == "cuda", peak_flops(device)
-    print(f"{torch.cuda.get_device_name(device) if on_gpu else 'CPU, ' + str(torch.get_num_threads()) + ' threads'}, "
-          f"torch {torch.__version__}, {config.size}, {config.frames} x {config.crop} px, batch {config.batch}; plain: "
-          "float32, uncompiled, attention by its mathematics\n\n| objective | ms/step | clips/s | TFLOP/s | MFU | "
-          "peak memory GiB | graph breaks | recompilations | x plain |\n"
-          "|---|---|---|---|---|---|---|---|---|")
+    shape = (config.batch // ranks, 3, config.frames, config.crop, config.crop)
+    clips = torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device)
+    machine = (torch.cuda.get_device_name(device) if device.type == "cuda"
+               else f"{device.type}, {torch.get_num_threads()} threads")
+    loader = loader_speed(config) if config.data or config.root else "-"
+    show = functools.partial(print, flush=True) if rank == 0 else lambda line: None
+    show(f"{machine} x {ranks}, torch {torch.__version__}, {config.size}, {config.frames} frames of {config.crop} px, "
+         f"batch {config.batch}; plain: float32, uncompiled, attention by its mathematics\n")
+    show("| objective | ms/step | x first | clips/s | loader alone, clips/s | TFLOP/s | MFU | peak memory, GiB | graph "
+         "breaks | recompilations | x plain |\n|" + "---|" * 11)
+    first = None
     for name in names:
-        config = replace(config, objective=name)
-        masking = OBJECTIVES[name].masking
-        masks = [draw_masks(clips.cpu(), generator, grid, masking) for _ in range(8)]
-        masks = [[(visible.to(device), masked.to(device)) for visible, masked in pair] for pair in masks]
-        trainer = Trainer(config, device, ranks)
-        for step in range(WARMUP_STEPS if trainer.compiled else 2):
-            trainer.step(step, clips, masks[step % len(masks)])
-        before = compiled_graphs()
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        seconds = time_steps(trainer, clips, masks)
-        memory = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f}" if on_gpu else "-"
-        graphs, breaks = (after - earlier for after, earlier in zip(compiled_graphs(), before))
-        rate = statistics.mean(flops_of(config, pair, OBJECTIVES[name].ema) for pair in masks) / seconds
-        trainer = Trainer(replace(config, compile="no"), device, ranks)
-        trainer.autocast = nullcontext()
-        with sdpa_kernel(SDPBackend.MATH):
-            trainer.step(0, clips, masks[0])
-            plain = time_steps(trainer, clips, masks)
-        del trainer
-        share = f"{rate / peak:.0%}" if peak else "unknown"
-        print(f"| {name} | {1000 * seconds:.1f} | {config.batch / seconds:.0f} | {rate / 1e12:.3g} | {share} | "
-              f"{memory} | {breaks} | {graphs} | {plain / seconds:.2f} |", flush=True)
-    if config.data or config.root:
-        batches = data.Batches(training_source(config), config.batch, 2 * TIMED_ROUNDS, config.seed,
-                               functools.partial(draw_masks, grid=grid, masking=masking))
-        read = iter(data.loader(batches, workers=config.workers))
-        next(read)  # the workers' start does not count
-        began = time.perf_counter()
-        count = sum(len(clips) for clips, _, _ in read)
-        print(f"\nthe loader alone, {config.workers} workers: {count / (time.perf_counter() - began):.0f} clips/s")
+        seconds, cells = benchmark_row(replace(config, objective=name), device, ranks, clips)
+        first = first or seconds
+        show(f"| {name} | {1000 * seconds:.1f} | {seconds / first:.2f} | {config.batch / seconds:.0f} | {loader} | "
+             + " | ".join(cells) + " |")
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+def loader_speed(config):
+    """Clips per second that the loader's workers prepare when nobody trains."""
+    grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
+    begun = 3 * max(1, config.workers)  # batches that are under way when the first one arrives
+    batches = data.Batches(training_source(config), config.batch, 3 * begun, config.seed,
+                           functools.partial(draw_masks, grid=grid, masking=OBJECTIVES[config.objective].masking))
+    ready = iter(data.loader(batches, workers=config.workers))
+    for _ in range(begun):
+        next(ready)
+    began = time.perf_counter()
+    count = sum(len(clips) for clips, _, _ in ready)
+    return f"{count / (time.perf_counter() - began):.0f}"
 
 
 # ------------------------------------------------------------------------------------------------------- overviews

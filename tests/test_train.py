@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import probe
 import synthetic
 import train
+from miniature import write_datasets
 from model import SIZES, Encoder, Size, foreign_name
-from objectives import OBJECTIVES, TERMS, Masking, Objective, Term, as_released
+from objectives import OBJECTIVES, as_released
 
 ROOT = Path(__file__).parent.parent
 # A run that takes seconds: tiny clips, few steps, no probe.
@@ -29,11 +30,6 @@ def run(*arguments, **options):
     """`python train.py ...` in a process of its own, one thread."""
     return subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120, **options)
-
-
-def start(*arguments):
-    return subprocess.Popen([sys.executable, "train.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def wait_for_line(path, step):
@@ -121,6 +117,7 @@ def test_weight_decay_falls_on_matrices_only():
     decayed, free = train.make_optimizer(model, config).param_groups
     assert decayed["weight_decay"] == 0.04 and free["weight_decay"] == 0
     assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim == 1 for p in free["params"])
+    assert decayed["betas"] == (0.9, 0.999) and decayed["eps"] == 1e-8
     assert len(decayed["params"]) + len(free["params"]) == sum(p.requires_grad for p in model.parameters())
 
 
@@ -172,7 +169,10 @@ def test_the_collapse_meter_counts_directions():
     signs = torch.tensor([[(i >> bit) % 2 * 2.0 - 1 for bit in range(5)] for i in range(32)])  # centred, orthogonal
     rank, _ = train.collapse_meter((signs @ basis).unsqueeze(0))
     assert rank.item() == pytest.approx(5, rel=0.02)
-    assert train.collapse_meter(torch.ones(2, 8, 16))[1].item() == 0
+    line = torch.randn(2000, 1, generator=generator) * torch.randn(1, 512, generator=generator)
+    assert train.collapse_meter(line.unsqueeze(0))[0].item() == pytest.approx(1, abs=1e-3)  # rounding is no direction
+    rank, deviation = train.collapse_meter(torch.ones(2, 8, 16))
+    assert rank.item() == 1 and deviation.item() == 0
 
 
 # ------------------------------------------------------------------------------------------------------- it survives
@@ -182,24 +182,43 @@ def test_the_collapse_meter_counts_directions():
 def uninterrupted(tmp_path_factory):
     """metrics.csv of a whole run."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    finished = run(*QUICK, "--objective", "sigreg", "--out", str(out))
-    assert finished.returncode == 0, finished.stderr
+    assert train.main([*QUICK, "--objective", "sigreg", "--out", str(out)]) == 0
     return (out / "metrics.csv").read_bytes()
 
 
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_and_resumed_run_writes_the_same_metrics_to_the_bit(tmp_path, uninterrupted, kill):
-    flags = [*QUICK, "--objective", "sigreg", "--out", str(tmp_path / "run")]
-    process = start(*flags)
-    wait_for_line(tmp_path / "run" / "metrics.csv", 6)
-    process.send_signal(kill)
-    process.wait(timeout=60)
-    assert process.returncode == (-signal.SIGKILL if kill == signal.SIGKILL else 128 + signal.SIGTERM)
-    partial = (tmp_path / "run" / "metrics.csv").read_bytes()
+def resume(flags, uninterrupted):
+    """Go on with a run that was cut short: what it had written is the beginning of the whole, and the rest follows."""
+    metrics = Path(flags[-1]) / "metrics.csv"
+    partial = metrics.read_bytes()
     assert uninterrupted.startswith(partial[:partial.rindex(b"\n") + 1]) and partial != uninterrupted
-    resumed = run(*flags, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert (tmp_path / "run" / "metrics.csv").read_bytes() == uninterrupted
+    assert train.main([*flags, "--resume"]) == 0
+    assert metrics.read_bytes() == uninterrupted
+
+
+def test_a_run_killed_at_any_moment_goes_on_and_writes_the_same_metrics_to_the_bit(tmp_path, uninterrupted):
+    flags = [*QUICK, "--objective", "sigreg", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_for_line(tmp_path / "run" / "metrics.csv", 6)
+    process.kill()
+    process.wait(timeout=60)
+    resume(flags, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_a_checkpoint_of_that_step(tmp_path, uninterrupted, number, monkeypatch):
+    flags = [*QUICK, "--objective", "sigreg", "--out", str(tmp_path / "run")]
+    step = train.Trainer.step
+
+    def interrupted(trainer, number_of_step, *batch):
+        if number_of_step == 5:  # between two regular checkpoints
+            os.kill(os.getpid(), number)
+        return step(trainer, number_of_step, *batch)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "step", interrupted)
+        assert train.main(flags) == 128 + number
+    assert probe.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 6
+    resume(flags, uninterrupted)
 
 
 @pytest.mark.parametrize("left", ["", "step,", "step,total\n0,1.0\n1,2", "step,total\n0,1.0\n1,2.0\n2,3.0\n3,4.0\n"])
@@ -265,7 +284,19 @@ def test_torchrun_trains_and_one_rank_writes(tmp_path):
     assert probe.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 12
 
 
-# ----------------------------------------------------------------------------------------------------------- own videos
+# ------------------------------------------------------------------------------------ the study's files, own videos
+
+
+@pytest.mark.parametrize("preset", ["mixed", "ucf101"])
+def test_the_presets_train_from_the_publishers_files(tmp_path_factory, preset):
+    root = tmp_path_factory.mktemp("root")
+    write_datasets(root)
+    out = tmp_path_factory.mktemp("out") / "run"
+    assert train.main([*QUICK, "--preset", preset, "--root", str(root), "--size", "tiny", "--frames", "8",
+                       "--steps", "2", "--workers", "0", "--out", str(out)]) == 0
+    assert json.loads((out / "config.json").read_text())["frame_step"] == (2 if preset == "mixed" else 1)
+
+
 
 
 @pytest.fixture(scope="module")
@@ -313,6 +344,7 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path, videos, capsys):
     (["--size", "vit_bas"], "did you mean 'vit_base'"),
     (["--steps", "0"], "--steps is 0"),
     (["--batch", "0"], "--batch is 0"),
+    (["--patch", "0"], "--patch is 0"),
     (["--crop", "30"], "does not divide into 8x8 patches"),
     (["--frames", "7"], "tubelets of 2"),
     (["--frames", "2"], "at least 2"),
@@ -340,9 +372,11 @@ def test_a_folder_that_holds_a_run_is_never_overwritten(tmp_path, capsys):
     assert train.main([*flags[:-1], str(tmp_path / "other")]) == 1
 
 
-def test_the_list_names_every_objective_on_a_line_of_its_own():
-    lines = run("--list").stdout.splitlines()
+def test_the_list_names_every_objective_on_a_line_of_its_own(capsys):
+    assert train.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(OBJECTIVES) and len(lines) == 28
+    assert "\n".join(lines) in (ROOT / "README.md").read_text()
 
 
 # ------------------------------------------------------------------------------------------- the first command, whole
@@ -362,9 +396,6 @@ def test_the_default_command_ends_with_the_table_and_the_probe_reads_its_checkpo
 
 # ------------------------------------------------------------------------------------------------------- how fast it is
 
-SMALL = Size(24, 4, 2, predictor_width=16, predictor_depth=1, predictor_heads=2)
-
-
 @pytest.mark.parametrize("name", ["baseline", "kinematic"])
 def test_the_operations_of_a_step_are_what_torchs_own_counter_finds(name):
     size, grid, objective = Size(48, 4, 4, predictor_width=32, predictor_depth=2), (4, 3, 5), OBJECTIVES[name]
@@ -378,18 +409,17 @@ def test_the_operations_of_a_step_are_what_torchs_own_counter_finds(name):
 
 
 def test_token_counts_that_change_every_step_compile_no_second_graph():
-    """All terms in one objective; after 20 steps of warm-up 200 more, forward and backward."""
-    terms = {name: Term(1.0) for name in TERMS}
-    terms |= {"ld": Term(1.0, {"dynamics_only": True, "hard": True}), "sigreg": Term(1.0, {"directions": 64})}
-    model = train.JEPA(Objective("both", "everything", terms), SMALL, patch=3, tubelet=2)
+    """After 20 steps of warm-up, 200 more; for all objectives: `train.py --benchmark --objective all --compile yes`."""
+    objective = OBJECTIVES["fwm_hw_ld"]
+    model = train.JEPA(objective, Size(24, 4, 2, predictor_width=16, predictor_depth=1, predictor_heads=2), 3, 2)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model.compile(dynamic=True, fullgraph=True, backend="eager")  # a graph break would be an error
     clips = torch.randint(256, (2, 3, 8, 15, 15), dtype=torch.uint8)
     generator, seen = torch.Generator().manual_seed(0), set()
     for step in range(220):
-        masks = train.draw_masks(clips, generator, (4, 5, 5), Masking())
-        weights = dict.fromkeys(("pred", "ctx", *terms), torch.tensor(step / 220))
+        masks = train.draw_masks(clips, generator, (4, 5, 5), objective.masking)
+        weights = dict.fromkeys(("pred", "ctx", *objective.terms), torch.tensor(step / 220))
         model(clips, masks, weights)[0]["total"].backward()
         seen.add(tuple(tokens.shape for mask in masks for tokens in mask))
         if step == 19:
@@ -397,8 +427,36 @@ def test_token_counts_that_change_every_step_compile_no_second_graph():
     assert len(seen) > 20 and train.compiled_graphs() == warm
 
 
-def test_the_benchmark_prints_a_row_for_each_objective(capsys):
+def test_the_benchmark_prints_a_row_for_each_objective(capsys, monkeypatch):
+    monkeypatch.setattr(train, "TIMED_ROUNDS", 1)
     assert train.main(["--benchmark", "--objective", "baseline,fwm_hw_ld", *QUICK]) == 0
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows] == ["objective", "baseline", "fwm_hw_ld"]
-    assert all(float(row[1]) > 0 and float(row[2]) > 0 and row[4] == "unknown" for row in rows[1:])
+    assert all(row[rows[0].index("MFU")] == "unknown" and float(row[rows[0].index("x plain")]) > 0 for row in rows[1:])
+    for row in rows[1:]:  # ms per step and clips per second say the same
+        assert float(row[1]) * float(row[3]) == pytest.approx(4 * 1000, rel=0.05)
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_as_released_without_ema_the_evaluated_encoder_is_the_untrained_one(tmp_path, capsys, released):
+    flags = [*QUICK, "--objective", "kinematic", "--lr", "1e-2", "--probe-clips", "64", "--out", str(tmp_path / "run")]
+    assert train.main(flags + ["--as-released"] * released) == 0
+    untrained, trained = re.findall(r"^(?:un)?trained +(.*)$", capsys.readouterr().out, re.M)
+    assert (untrained == trained) == released
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_on_a_gpu_no_step_waits_for_the_device_and_attention_is_flash(name):
+    config, _ = train.parse(["--objective", name, "--compile", "no"])
+    trainer = train.Trainer(config, torch.device("cuda"))
+    clips = torch.randint(256, (8, 3, 8, 32, 32), dtype=torch.uint8).pin_memory()
+    masks = train.draw_masks(clips, torch.Generator().manual_seed(0), (4, 4, 4), trainer.objective.masking)
+    masks = [tuple(tokens.pin_memory() for tokens in mask) for mask in masks]
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # any other kernel is an error
+        trainer.step(0, clips, masks)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            trainer.step(1, clips, masks)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
