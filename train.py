@@ -299,8 +299,7 @@ class Trainer:
         self.update_target = get_ema_multi_avg_fn(config.ema)
         self.healthy = torch.ones((), dtype=torch.bool, device=device)  # read seldom: reading waits for the device
         self.autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-        self.compiled = config.compile == "yes" or config.compile == "auto" and device.type == "cuda"
-        if self.compiled:
+        if config.compile == "yes" or config.compile == "auto" and device.type == "cuda":
             self.model.compile(dynamic=True)
         # A static graph may leave parameters without gradient: the released code's latent-dynamics head.
         self.forward = DistributedDataParallel(self.model, static_graph=True) if ranks > 1 else self.model
@@ -524,17 +523,17 @@ def flops_of(config, masks, ema):
 
 
 def time_steps(trainer, clips, masks):
-    """Median seconds of a training step on clips that lie on the device, token counts changing from step to step."""
+    """Median over rounds of the seconds that a step takes on clips that lie on the device, each with its own masks."""
     def wait():
         if trainer.device.type == "cuda":
             torch.cuda.synchronize()
 
     rounds = []
-    for first in range(0, TIMED_ROUNDS * ROUND, ROUND):
+    for first in range(0, len(masks), ROUND):
         wait()
         began = time.perf_counter()
-        for step in range(first, first + ROUND):
-            trainer.step(step, clips, masks[step % len(masks)])
+        for step, pair in enumerate(masks[first:first + ROUND], first):
+            trainer.step(step, clips, pair)
         wait()
         rounds.append((time.perf_counter() - began) / ROUND)
     return statistics.median(rounds)
@@ -550,12 +549,14 @@ def benchmark_row(config, device, ranks, clips):
     """Seconds of a step, and the cells of the table that follow from it, of one objective."""
     objective, generator = OBJECTIVES[config.objective], torch.Generator().manual_seed(config.seed)
     grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
-    masks = [draw_masks(clips.cpu(), generator, grid, objective.masking) for _ in range(8)]
+    count = WARMUP_STEPS + TIMED_ROUNDS * ROUND
+    masks = [draw_masks(clips.cpu(), generator, grid, objective.masking) for _ in range(count)]
     masks = [[(visible.to(device), masked.to(device)) for visible, masked in pair] for pair in masks]
+    warm_up, masks = masks[:WARMUP_STEPS], masks[WARMUP_STEPS:]
     torch._dynamo.reset()  # every objective compiles the same functions, and there is a limit to how often
     trainer = Trainer(config, device, ranks)
-    for step in range(WARMUP_STEPS if trainer.compiled else 2):
-        trainer.step(step, clips, masks[step % len(masks)])
+    for step, pair in enumerate(warm_up):
+        trainer.step(step, clips, pair)
     before, memory = compiled_graphs(), "-"
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
