@@ -270,7 +270,7 @@ def test_two_ranks_with_half_the_batch_each_have_the_gradients_of_one_with_all()
     """Except where a term takes its statistics per rank: the covariance of fwm_orth, the softmax of hard ld."""
     finished = torchrun("tests/two_ranks.py")
     assert finished.returncode == 0, finished.stderr
-    difference = {name: float(value) for name, value in (line.split() for line in finished.stdout.splitlines())}
+    difference = {name: float(value) for name, value in re.findall(r"^(\w+) (\S+)$", finished.stdout, re.M)}
     assert difference.keys() == OBJECTIVES.keys()
     for name, objective in OBJECTIVES.items():
         per_rank = "fwm_orth" in objective.terms or any(term.options.get("hard") for term in objective.terms.values())
