@@ -1,4 +1,41 @@
-"""Tests work on tiny tensors, where a second thread costs more than it brings; and bits depend on their number."""
+"""What all tests share: one thread, and commands that run beside the tests until one of them asks for the outcome."""
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
 import torch
 
+ROOT = Path(__file__).parent.parent
+STARTED = {}
+
+# Tests work on tiny tensors, where a second thread costs more than it brings; and bits depend on their number.
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "command(*arguments): a Python command, started before the first test; OUT in an "
+                                       "argument is a folder of its own; the fixture `finished` waits for it")
+
+
+def pytest_collection_finish(session):
+    for item in session.items:
+        for marker in item.iter_markers("command"):
+            folder = tempfile.TemporaryDirectory()
+            arguments = [argument.replace("OUT", folder.name) for argument in marker.args]
+            process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE,
+                                       stderr=subprocess.PIPE, text=True,
+                                       env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+            STARTED[item.nodeid] = process, folder
+
+
+@pytest.fixture
+def finished(request):
+    """The test's command after its successful end: its output, and the folder that OUT stood for."""
+    process, folder = STARTED[request.node.nodeid]
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    yield output, Path(folder.name)
+    folder.cleanup()

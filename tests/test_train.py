@@ -26,12 +26,6 @@ QUICK = ["--crop", "16", "--patch", "4", "--batch", "4", "--steps", "12", "--log
          "--probe-clips", "0", "--device", "cpu"]
 
 
-def run(*arguments, **options):
-    """`python train.py ...` in a process of its own, one thread."""
-    return subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120, **options)
-
-
 def wait_for_line(path, step):
     """Until metrics.csv holds the line of a step."""
     for _ in range(1200):
@@ -260,28 +254,24 @@ def test_a_file_that_is_not_a_checkpoint_gives_one_sentence(tmp_path, damage, ca
 # ------------------------------------------------------------------------------------------------------ several ranks
 
 
-def torchrun(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
-def test_two_ranks_with_half_the_batch_each_have_the_gradients_of_one_with_all():
+@pytest.mark.command(*TORCHRUN, "tests/two_ranks.py")
+def test_two_ranks_with_half_the_batch_each_have_the_gradients_of_one_with_all(finished):
     """Except where a term takes its statistics per rank: the covariance of fwm_orth, the softmax of hard ld."""
-    finished = torchrun("tests/two_ranks.py")
-    assert finished.returncode == 0, finished.stderr
-    difference = {name: float(value) for name, value in re.findall(r"^(\w+) (\S+)$", finished.stdout, re.M)}
+    difference = {name: float(value) for name, value in re.findall(r"^(\w+) (\S+)$", finished[0], re.M)}
     assert difference.keys() == OBJECTIVES.keys()
     for name, objective in OBJECTIVES.items():
         per_rank = "fwm_orth" in objective.terms or any(term.options.get("hard") for term in objective.terms.values())
         assert (difference[name] < 1e-5) != per_rank, (name, difference[name])
 
 
-def test_torchrun_trains_and_one_rank_writes(tmp_path):
-    finished = torchrun("train.py", *QUICK, "--objective", "hw_ld", "--as-released", "--out", str(tmp_path / "run"))
-    assert finished.returncode == 0, finished.stderr
-    assert (tmp_path / "run" / "metrics.csv").read_text().count("\n") == 13
-    assert probe.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 12
+@pytest.mark.command(*TORCHRUN, "train.py", *QUICK, "--objective", "hw_ld", "--as-released", "--out", "OUT/run")
+def test_torchrun_trains_and_one_rank_writes(finished):
+    run_folder = finished[1] / "run"
+    assert (run_folder / "metrics.csv").read_text().count("\n") == 13
+    assert probe.load_checkpoint(run_folder / "last.pt")["step"] == 12
 
 
 # ------------------------------------------------------------------------------------ the study's files, own videos
@@ -382,19 +372,19 @@ def test_the_list_names_every_objective_on_a_line_of_its_own(capsys):
 # ------------------------------------------------------------------------------------------- the first command, whole
 
 
-def test_the_default_command_ends_with_the_table_and_the_probe_reads_its_checkpoint(tmp_path):
-    flags = ["--objective", "fwm_hw_ld", "--steps", "2", "--probe-clips", "64", "--out", str(tmp_path / "run")]
-    finished = run(*flags)
-    assert finished.returncode == 0, finished.stderr
-    assert re.search(r"untrained +[\d.]+ +[\d.]+\ntrained +[\d.]+ +[\d.]+\n", finished.stdout)
-    assert str(tmp_path / "run") in finished.stdout
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["objective"] == "fwm_hw_ld"
-    config, _ = train.parse(flags)
-    untrained = probe.make_encoder(probe.load_checkpoint(tmp_path / "run" / "last.pt")["config"])
-    torch.testing.assert_close(untrained.state_dict(), train.build(config).encoder.state_dict(), rtol=0, atol=0)
+FIRST = ("--objective", "fwm_hw_ld", "--steps", "2", "--probe-clips", "64", "--out", "OUT/run")
 
 
-# ------------------------------------------------------------------------------------------------------- how fast it is
+@pytest.mark.command("train.py", *FIRST)
+def test_the_default_command_ends_with_the_table_and_the_probe_reads_its_checkpoint(finished):
+    output, run_folder = finished[0], finished[1] / "run"
+    assert re.search(r"untrained +[\d.]+ +[\d.]+\ntrained +[\d.]+ +[\d.]+\n", output)
+    assert str(run_folder) in output
+    assert json.loads((run_folder / "config.json").read_text())["objective"] == "fwm_hw_ld"
+    untrained = probe.make_encoder(probe.load_checkpoint(run_folder / "last.pt")["config"])
+    beginning = train.build(train.parse(FIRST)[0]).encoder
+    torch.testing.assert_close(untrained.state_dict(), beginning.state_dict(), rtol=0, atol=0)
+
 
 @pytest.mark.parametrize("name", ["baseline", "kinematic"])
 def test_the_operations_of_a_step_are_what_torchs_own_counter_finds(name):
@@ -408,27 +398,17 @@ def test_the_operations_of_a_step_are_what_torchs_own_counter_finds(name):
     assert counter.get_total_flops() == 3 * train.step_flops(size, 4, 2, grid, counts, objective.ema)
 
 
-def test_token_counts_that_change_every_step_compile_no_second_graph():
-    """After 20 steps of warm-up, 200 more; for all objectives: `train.py --benchmark --objective all --compile yes`."""
-    objective = OBJECTIVES["fwm_hw_ld"]
-    model = train.JEPA(objective, Size(24, 4, 2, predictor_width=16, predictor_depth=1, predictor_heads=2), 3, 2)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    model.compile(dynamic=True, fullgraph=True, backend="eager")  # a graph break would be an error
-    clips = torch.randint(256, (2, 3, 8, 15, 15), dtype=torch.uint8)
-    generator, seen = torch.Generator().manual_seed(0), set()
-    for step in range(220):
-        masks = train.draw_masks(clips, generator, (4, 5, 5), objective.masking)
-        weights = dict.fromkeys(("pred", "ctx", *objective.terms), torch.tensor(step / 220))
-        model(clips, masks, weights)[0]["total"].backward()
-        seen.add(tuple(tokens.shape for mask in masks for tokens in mask))
-        if step == 19:
-            warm = train.compiled_graphs()
-    assert len(seen) > 20 and train.compiled_graphs() == warm
+@pytest.mark.command("tests/recompilations.py")
+def test_token_counts_that_change_every_step_compile_no_graph_after_the_warm_up(finished):
+    """20 steps of warm-up, then 200 more. For all objectives: `train.py --benchmark --objective all --compile yes`."""
+    found = dict(re.findall(r"(\w+) (\d+)", finished[0]))
+    assert int(found["counts"]) > 20 and int(found["warm"]) > 0
+    assert found["end"] == found["warm"] and found["breaks"] == "0"
 
 
 def test_the_benchmark_prints_a_row_for_each_objective(capsys, monkeypatch):
     monkeypatch.setattr(train, "TIMED_ROUNDS", 1)
+    monkeypatch.setattr(train, "WARMUP_STEPS", 1)
     assert train.main(["--benchmark", "--objective", "baseline,fwm_hw_ld", *QUICK]) == 0
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows] == ["objective", "baseline", "fwm_hw_ld"]
