@@ -16,8 +16,8 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "command(*arguments): a Python command, started before the first test; OUT in an "
-                                       "argument is a folder of its own; the fixture `finished` waits for it")
+    config.addinivalue_line("markers", "command(*arguments): a Python command, started before the first test; OUT in "
+                                       "an argument is a folder of its own; the fixture `finished` waits for it")
 
 
 def pytest_collection_finish(session):

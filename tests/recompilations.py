@@ -1,4 +1,4 @@
-"""Run by test_train.py: compile a step of the headline objective and count graphs while its token counts change."""
+"""Run by test_train.py: compile a step of an objective with pairs and a head; count graphs as token counts change."""
 import torch
 
 import train
@@ -8,7 +8,7 @@ from objectives import OBJECTIVES
 
 def main():
     torch.set_num_threads(1)
-    objective = OBJECTIVES["fwm_hw_ld"]
+    objective = OBJECTIVES["ld"]
     model = train.JEPA(objective, Size(24, 4, 2, predictor_width=16, predictor_depth=1, predictor_heads=2), 3, 2)
     model.compile(dynamic=True, fullgraph=True, backend="eager")  # a graph break would be an error
     clips = torch.randint(256, (2, 3, 8, 15, 15), dtype=torch.uint8)

@@ -119,7 +119,8 @@ def test_weight_decay_falls_on_matrices_only():
                                                         ("kinematic", True, False)])
 def test_the_target_is_the_closed_form_of_the_moving_average(tmp_path, objective, released, moves):
     """target = m^s start + (1 - m) sum of m^(s-i) encoder_i; without EMA nothing ever touches it."""
-    flags = [*QUICK, "--objective", objective, "--ema", "0.7", "--save-every", "1", "--out", str(tmp_path / "run")]
+    flags = [*QUICK, "--objective", objective, "--ema", "0.7", "--steps", "5", "--save-every", "1",
+             "--out", str(tmp_path / "run")]
     flags += ["--as-released"] if released else []
     config, _ = train.parse(flags)
     beginning = {name: p.double() for name, p in train.build(config).encoder.state_dict().items()}
@@ -133,11 +134,11 @@ def test_the_target_is_the_closed_form_of_the_moving_average(tmp_path, objective
         patch.setattr(train.Trainer, "save", remember)
         assert train.main(flags) == 0
     target = probe.load_checkpoint(tmp_path / "run" / "last.pt")["target"]
-    assert len(encoders) == 12
+    assert len(encoders) == 5
     for name in target:
-        expected = beginning[name] * (0.7 ** 12 if moves else 1)
+        expected = beginning[name] * (0.7 ** 5 if moves else 1)
         for i, encoder in enumerate(encoders, start=1):
-            expected = expected + (0.3 * 0.7 ** (12 - i) if moves else 0) * encoder[name]
+            expected = expected + (0.3 * 0.7 ** (5 - i) if moves else 0) * encoder[name]
         torch.testing.assert_close(target[name].double(), expected, rtol=1e-5, atol=1e-7)
     assert not torch.equal(encoders[-1]["embed.weight"], beginning["embed.weight"])
 
@@ -305,7 +306,11 @@ def test_training_on_ones_own_videos_skips_counts_and_names_what_cannot_be_read(
     assert train.main(flags) == 0
     assert "unreadable: " in capsys.readouterr().out
     assert "000003.mp4" in (tmp_path / "run" / "unreadable.txt").read_text()
-    assert train.main([*flags[:-1], str(tmp_path / "strict"), "--max-broken", "0.001", "--steps", "30"]) == 1
+
+
+def test_too_many_files_that_cannot_be_read_stop_the_run(tmp_path, videos, capsys):
+    assert train.main([*QUICK, "--batch", "8", "--steps", "15", "--data", str(videos), "--max-broken", "0.001",
+                       "--out", str(tmp_path / "run")]) == 1
     assert "--max-broken" in capsys.readouterr().err
 
 
@@ -419,7 +424,8 @@ def test_the_benchmark_prints_a_row_for_each_objective(capsys, monkeypatch):
 
 @pytest.mark.parametrize("released", [True, False])
 def test_as_released_without_ema_the_evaluated_encoder_is_the_untrained_one(tmp_path, capsys, released):
-    flags = [*QUICK, "--objective", "kinematic", "--lr", "1e-2", "--probe-clips", "64", "--out", str(tmp_path / "run")]
+    flags = [*QUICK, "--objective", "kinematic", "--lr", "1e-2", "--steps", "4", "--probe-clips", "64",
+             "--out", str(tmp_path / "run")]
     assert train.main(flags + ["--as-released"] * released) == 0
     untrained, trained = re.findall(r"^(?:un)?trained +(.*)$", capsys.readouterr().out, re.M)
     assert (untrained == trained) == released
