@@ -258,7 +258,7 @@ def test_a_file_that_is_not_a_checkpoint_gives_one_sentence(tmp_path, damage, ca
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
-@pytest.mark.command(*TORCHRUN, "tests/two_ranks.py")
+@pytest.mark.command("tests/two_ranks.py")
 def test_two_ranks_with_half_the_batch_each_have_the_gradients_of_one_with_all(finished):
     """Except where a term takes its statistics per rank: the covariance of fwm_orth, the softmax of hard ld."""
     difference = {name: float(value) for name, value in re.findall(r"^(\w+) (\S+)$", finished[0], re.M)}

@@ -1,6 +1,9 @@
-"""Run by test_train.py under torchrun: gradients of one rank with the whole batch beside two ranks with half each."""
+"""Run by test_train.py: gradients of one rank with the whole batch beside two ranks with half each."""
+import tempfile
+
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from model import Size
@@ -22,16 +25,9 @@ def gradients(objective, clips, masks, distributed):
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def main():
-    torch.set_num_threads(1)
-    generator = torch.Generator().manual_seed(0)
-    clips = torch.randint(256, (CLIPS, 3, 8, 12, 16), dtype=torch.uint8, generator=generator)
-    alone = {}
-    for name, objective in OBJECTIVES.items():  # before there is a process group: statistics of the whole batch
-        masks = sample_masks(CLIPS, GRID, objective.masking, generator)
-        alone[name] = masks, gradients(objective, clips, masks, distributed=False)
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+def compare(rank, alone, clips, store):
+    """One of two processes: its half of the batch, averaged by DDP, beside the whole."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     half = slice(rank * CLIPS // 2, (rank + 1) * CLIPS // 2)
     for name, objective in OBJECTIVES.items():
         masks, expected = alone[name]
@@ -41,6 +37,18 @@ def main():
         if rank == 0:
             print(name, f"{largest:.2e}", flush=True)
     dist.destroy_process_group()
+
+
+def main():
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    clips = torch.randint(256, (CLIPS, 3, 8, 12, 16), dtype=torch.uint8, generator=generator)
+    alone = {}
+    for name, objective in OBJECTIVES.items():  # one process: statistics of the whole batch
+        masks = sample_masks(CLIPS, GRID, objective.masking, generator)
+        alone[name] = masks, gradients(objective, clips, masks, distributed=False)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.start_processes(compare, (alone, clips, f"{folder}/store"), 2, start_method="fork")
 
 
 if __name__ == "__main__":
