@@ -26,7 +26,7 @@ def pytest_collection_finish(session):
             folder = tempfile.TemporaryDirectory()
             arguments = [argument.replace("OUT", folder.name) for argument in marker.args]
             process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE,
-                                       stderr=subprocess.PIPE, text=True,
+                                       stderr=subprocess.PIPE, text=True, preexec_fn=lambda: os.nice(10),
                                        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
             STARTED[item.nodeid] = process, folder
 

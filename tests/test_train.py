@@ -177,7 +177,7 @@ def test_the_collapse_meter_counts_directions():
 def uninterrupted(tmp_path_factory):
     """metrics.csv of a whole run."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    assert train.main([*QUICK, "--objective", "sigreg", "--out", str(out)]) == 0
+    assert train.main([*QUICK, "--patch", "8", "--objective", "sigreg", "--out", str(out)]) == 0
     return (out / "metrics.csv").read_bytes()
 
 
@@ -191,7 +191,7 @@ def resume(flags, uninterrupted):
 
 
 def test_a_run_killed_at_any_moment_goes_on_and_writes_the_same_metrics_to_the_bit(tmp_path, uninterrupted):
-    flags = [*QUICK, "--objective", "sigreg", "--out", str(tmp_path / "run")]
+    flags = [*QUICK, "--patch", "8", "--objective", "sigreg", "--out", str(tmp_path / "run")]
     process = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     wait_for_line(tmp_path / "run" / "metrics.csv", 6)
@@ -202,7 +202,7 @@ def test_a_run_killed_at_any_moment_goes_on_and_writes_the_same_metrics_to_the_b
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_with_a_checkpoint_of_that_step(tmp_path, uninterrupted, number, monkeypatch):
-    flags = [*QUICK, "--objective", "sigreg", "--out", str(tmp_path / "run")]
+    flags = [*QUICK, "--patch", "8", "--objective", "sigreg", "--out", str(tmp_path / "run")]
     step = train.Trainer.step
 
     def interrupted(trainer, number_of_step, *batch):
