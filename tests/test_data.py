@@ -25,7 +25,6 @@ from miniature import (DIVES, SYNSETS, UCF_CLASSES, Pipe, number_of, picture, wr
                        write_video)
 
 
-
 def numbers_in(path, chosen):
     """The numbers that the chosen frames of a file show."""
     return [number_of(frame) for frame in read_video(path, lambda count, rate: chosen).frames]
