@@ -206,13 +206,16 @@ def target_change(record, view):
     return take(h, later(view.visible, record.grid)) - take(h, view.visible)
 
 
-def dynamics_channels(z, ratio=0.5):
-    """The channels after the appearance ones: z [B, n, 4D] -> [B, n, 4D - int(ratio * 4D)].
+def appearance_and_dynamics(z, ratio=0.5, by_level=False):
+    """Cut the channels in two: [..., 4D] -> appearance [..., int(ratio 4D)] and dynamics, all the others.
 
     The cut runs through the four levels side by side: at ratio 0.5 appearance is the two shallow levels and dynamics
-    the two deep ones. It separates depths, not channels of one depth.
+    the two deep ones. It separates depths, not channels of one depth. by_level, which is not the study's way, cuts
+    each level instead: appearance is the first int(ratio D) channels of every level.
     """
-    return z[..., int(ratio * z.shape[-1]):]
+    pieces = z.unflatten(-1, (LEVELS if by_level else 1, -1))
+    cut = int(ratio * pieces.shape[-1])
+    return pieces[..., :cut].flatten(-2), pieces[..., cut:].flatten(-2)
 
 
 def at_least_float32(x):
@@ -222,9 +225,16 @@ def at_least_float32(x):
 # ------------------------------------------------------------------------------------------------------ core loss
 
 
-def prediction(record):
+def deviation(predicted, target, squared=False):
+    """|predicted - target|, or its square (collapse laboratory)."""
+    difference = predicted - target
+    return difference.square() if squared else difference.abs()
+
+
+def prediction(record, squared=False):
     """L_pred = mean over masks of mean |p - h[masked]|."""
-    return sum((view.p - take(record.h, view.masked)).abs().mean() for view in record.views) / len(record.views)
+    errors = [deviation(view.p, take(record.h, view.masked), squared).mean() for view in record.views]
+    return sum(errors) / len(errors)
 
 
 def distance_to_masked(visible, masked, grid):
@@ -236,12 +246,12 @@ def distance_to_masked(visible, masked, grid):
     return torch.cdist(position(visible), position(masked), compute_mode="donot_use_mm_for_euclid_dist").amin(-1)
 
 
-def context(record):
+def context(record, squared=False):
     """L_ctx = mean over masks of mean(|c - h[visible]| / sqrt(distance to the nearest masked token))."""
     total = 0.0
     for view in record.views:
         distance = distance_to_masked(view.visible, view.masked, record.grid)  # (B, n)
-        error = (view.c - take(record.h, view.visible)).abs().mean(-1)  # (B, n)
+        error = deviation(view.c, take(record.h, view.visible), squared).mean(-1)  # (B, n)
         total = total + (error / distance.sqrt()).mean()
     return total / len(record.views)
 
@@ -249,17 +259,25 @@ def context(record):
 # ------------------------------------------------------------------------------------------------ auxiliary terms
 
 
+def hard_weights(error, temperature=1.0):
+    """w = k softmax(e / temperature) over the k tokens of a clip: error [B, k] -> [B, k], mean 1, without gradient."""
+    return error.shape[1] * torch.softmax(error.detach() / temperature, dim=1)
+
+
 def hw(record, temperature=1.0):
     """Hard-region weighting: mean(w e), e = |p - h[masked]|, w = k softmax(e / temperature) over the clip's k tokens.
 
     No gradient runs through w. With e of order 1 and temperature 1 the weights stay close to uniform.
     """
-    total = 0.0
-    for view in record.views:
-        error = (view.p - take(record.h, view.masked)).abs().mean(-1)  # (B, k)
-        weight = error.shape[1] * torch.softmax(error.detach() / temperature, dim=1)
-        total = total + (weight * error).mean()
-    return total / len(record.views)
+    errors = [(view.p - take(record.h, view.masked)).abs().mean(-1) for view in record.views]  # (B, k) each
+    return sum((hard_weights(error, temperature) * error).mean() for error in errors) / len(errors)
+
+
+@torch.no_grad()
+def hard_share(record):
+    """How uniform the weights of `hw` are: effective sample size over k, (sum w)^2 / (k sum w^2). 1: all the same."""
+    weights = [hard_weights((view.p - take(record.h, view.masked)).abs().mean(-1)) for view in record.views]
+    return sum((weight.mean(1).square() / weight.square().mean(1)).mean() for weight in weights) / len(weights)
 
 
 def delta(record):
@@ -270,7 +288,7 @@ def delta(record):
     return mean_over_views(record, errors)
 
 
-def ld(record, head, dynamics_only=False, hard=False, temperature=1.0, as_released=False):
+def ld(record, head, dynamics_only=False, by_level=False, hard=False, temperature=1.0, as_released=False):
     """Latent dynamics: mean |d(Z) - (H+ - H)| over pairs, d a small head.
 
     dynamics_only: d sees the dynamics channels only (with fwm). hard: each pair weighs
@@ -280,7 +298,7 @@ def ld(record, head, dynamics_only=False, hard=False, temperature=1.0, as_releas
     """
     def errors(view):
         _, pairs = next_step(view.visible, record.grid)
-        seen = dynamics_channels(view.z) if dynamics_only else view.z
+        seen = appearance_and_dynamics(view.z, by_level=by_level)[1] if dynamics_only else view.z
         error = (head(seen) - target_change(record, view)).abs().mean(-1)  # (B, n)
         if hard:
             score = (error.detach() / temperature).masked_fill(~pairs, torch.finfo(error.dtype).min)
@@ -291,16 +309,16 @@ def ld(record, head, dynamics_only=False, hard=False, temperature=1.0, as_releas
     return mean_over_views(record, errors)
 
 
-def fwm_static(record, ratio=0.5):
-    """Factorised world model, appearance stands still: mean |A+ - A| over pairs, A the first int(ratio 4D) channels."""
+def fwm_static(record, ratio=0.5, by_level=False):
+    """Factorised world model, appearance stands still: mean |A+ - A| over pairs, A the appearance channels."""
     def errors(view):
         index, pairs = next_step(view.visible, record.grid)
-        appearance = view.z[..., :int(ratio * view.z.shape[-1])]
+        appearance, _ = appearance_and_dynamics(view.z, ratio, by_level)
         return (take(appearance, index) - appearance).abs().mean(-1), pairs
     return mean_over_views(record, errors)
 
 
-def fwm_orth(record, ratio=0.5):
+def fwm_orth(record, ratio=0.5, by_level=False):
     """Factorised world model, appearance and dynamics are uncorrelated: mean(C^2), C = A^T Dyn / (n - 1).
 
     A and Dyn are centred over all visible tokens of the batch; float32. Each rank of a distributed run takes its own C.
@@ -309,9 +327,8 @@ def fwm_orth(record, ratio=0.5):
     for view in record.views:
         with torch.autocast(view.z.device.type, enabled=False):
             z = at_least_float32(view.z).flatten(0, 1)  # (B*n, 4D)
-            z = z - z.mean(0)
-            split = int(ratio * z.shape[-1])
-            covariance = z[:, :split].T @ z[:, split:] / (len(z) - 1)
+            appearance, dynamics = appearance_and_dynamics(z - z.mean(0), ratio, by_level)
+            covariance = appearance.T @ dynamics / (len(z) - 1)
             total = total + covariance.square().mean()
     return total / len(record.views)
 
@@ -346,7 +363,7 @@ def ltc(record, margin=0.5):
     return mean_over_views(record, errors)
 
 
-def ac(record, head, dynamics_only=False):
+def ac(record, head, dynamics_only=False, by_level=False):
     """Action-conditioned: mean |a(Z) - (rgb+ - rgb)| over pairs, rgb the mean colour of a token in the input clip.
 
     dynamics_only: a sees the dynamics channels only (with fwm; the study's "fac").
@@ -359,7 +376,7 @@ def ac(record, head, dynamics_only=False):
     def errors(view):
         _, pairs = next_step(view.visible, record.grid)
         target = take(rgb, later(view.visible, record.grid)) - take(rgb, view.visible)  # (B, n, 3)
-        seen = dynamics_channels(view.z) if dynamics_only else view.z
+        seen = appearance_and_dynamics(view.z, by_level=by_level)[1] if dynamics_only else view.z
         return (head(seen) - target).abs().mean(-1), pairs
     return mean_over_views(record, errors)
 
@@ -385,12 +402,12 @@ def epps_pulley(sample, directions):
     Mean over directions of n * integral over [-3, 3] of phi(t) ((mean cos(t s) - phi(t))^2 + (mean sin(t s))^2) dt,
     phi(t) = exp(-t^2 / 2), by the trapezoid rule on 17 nodes of [0, 3], doubled (LeJEPA, arXiv 2511.08544).
     """
-    nodes = torch.linspace(0, 3, 17, device=sample.device, dtype=sample.dtype)
-    phi = torch.exp(-nodes ** 2 / 2)  # (17,)
-    angles = (sample @ directions).unsqueeze(-1) * nodes  # (n, m, 17)
-    cos, sin = mean_over_ranks(torch.stack((angles.cos().mean(0), angles.sin().mean(0))))  # (m, 17) each
+    nodes = torch.linspace(0, 3, 17, device=sample.device, dtype=sample.dtype).view(-1, 1)
+    phi = torch.exp(-nodes ** 2 / 2)  # (17, 1)
+    angles = nodes.unsqueeze(-1) * (sample @ directions)  # (17, n, m)
+    cos, sin = mean_over_ranks(torch.stack((angles.cos().mean(1), angles.sin().mean(1))))  # (17, m) each
     integrand = phi * ((cos - phi).square() + sin.square())
-    return (len(sample) * rank_count() * 2 * torch.trapezoid(integrand, nodes, dim=-1)).mean()
+    return (len(sample) * rank_count() * 2 * torch.trapezoid(integrand, nodes, dim=0)).mean()
 
 
 def sigreg(record, directions=1024, chunk=64):
@@ -476,6 +493,8 @@ class Objective:
     masking: Masking = Masking()
     ema: bool = True  # False: targets come from the encoder itself, with gradient
     released: bool = False  # behaves as the released code does
+    level_norm: bool = True  # targets are level-normalised
+    squared: bool = False  # the core loss squares its errors
 
     @property
     def evaluated(self):
@@ -489,6 +508,21 @@ def as_released(objective):
              for name, term in objective.terms.items()}
     return replace(objective, terms=terms, released=True)
 
+
+def cut_by_level(objective):
+    """The same objective with appearance and dynamics cut within every level instead of by depth."""
+    cut = [name for name, term in objective.terms.items() if name[:3] == "fwm" or term.options.get("dynamics_only")]
+    if not cut:
+        raise ValueError("--fwm-split level needs an objective with fwm terms: fwm, fwm_ld, fwm_hw_ld or fac")
+    terms = {name: replace(term, options={**term.options, "by_level": True}) if name in cut else term
+             for name, term in objective.terms.items()}
+    return replace(objective, terms=terms)
+
+
+# The collapse laboratory: what the core loss becomes without one ingredient. "predictor" takes away its blocks, so that
+# no guess at a hidden place depends on what is visible; train.py does that.
+ABLATIONS = {"stop_gradient": {"ema": False}, "level_norm": {"level_norm": False}, "l1": {"squared": True},
+             "predictor": {}}
 
 FWM = {"fwm_static": Term(0.05), "fwm_orth": Term(0.01)}
 GUIDED = Masking(motion_strength=2.0, uniform_share=0.1)
@@ -569,10 +603,12 @@ def coefficients(objective, step, steps):
 
 
 def losses(record, objective, heads, weights):
-    """Every loss of an objective by name, unweighted, and last their weighted sum, "total"."""
-    values = {"pred": prediction(record), "ctx": context(record)}
+    """Every loss of an objective by name, unweighted, then their weighted sum, "total", and with hw `hard_share`."""
+    values = {"pred": prediction(record, objective.squared), "ctx": context(record, objective.squared)}
     for name, term in objective.terms.items():
         head = [heads[name]] if name in heads else []
         values[name] = TERMS[name](record, *head, **term.options)
     values["total"] = sum(weights[name] * value for name, value in values.items())
+    if "hw" in objective.terms:
+        values["hard_share"] = hard_share(record)
     return values

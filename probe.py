@@ -7,6 +7,7 @@
     ... --episodes 600                        instead: 5-way 1- and 5-shot episodes, nearest class mean
     ... --pictures                            instead: masks.png and features.png
     --compare A.json B.json                   paired differences between two results
+    --table DIR                               all runs of a sweep: means, differences to the baseline, a trade-off
 
 An encoder is evaluated on its last level alone (D of its 4D channels), as the study does. Features and results go into
 the checkpoint's folder. `--weights FILE --out DIR` takes V-JEPA 2.1 weights in the place of a checkpoint.
@@ -32,13 +33,14 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import data
-from model import SIZES, Encoder, load_foreign, token_grid
-from objectives import OBJECTIVES, motion_map, sample_masks
+from model import LEVELS, SIZES, Encoder, load_foreign, token_grid
+from objectives import OBJECTIVES, appearance_and_dynamics, motion_map, sample_masks
 from synthetic import APPEARANCES, DIRECTIONS, SPEEDS, Blobs, Shapes
 
 HELD_OUT = 1_000_003  # seeds of the probes' clips: far from those of any training run
 WEIGHT_DECAY = 0.01
 DRAWS = 5  # of the labelled clips, in k-shot
+EPISODES = 600
 QUERIES = 15  # test clips per class of an episode, or as many as there are
 
 
@@ -60,7 +62,7 @@ BENCHMARKS = {  # the study's; which frames and which resizing: data.py
 }
 SYNTHETIC = {
     "linear": Recipe("standardised", True, 3e-3, 256, 40),
-    "attentive": Recipe("attentive", False, 1e-3, 64, 10),
+    "attentive": Recipe("attentive", False, 1e-3, 64, 5),
 }
 
 
@@ -140,12 +142,16 @@ def open_subject(flags):
 
 
 @torch.no_grad()
-def last_level(encoder, clips):
-    """uint8 clips [B, 3, T, H, W] -> tokens of the last level [B, N, D], float32."""
+def all_levels(encoder, clips):
+    """uint8 clips [B, 3, T, H, W] -> tokens of all four levels [B, N, 4D], float32."""
     device = encoder.video.device
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        features = encoder(data.normalise(clips.to(device)))  # (B, N, 4D)
-    return features[..., -encoder.video.shape[-1]:].float()
+        return encoder(data.normalise(clips.to(device))).float()
+
+
+def last_level(encoder, clips):
+    """uint8 clips [B, 3, T, H, W] -> tokens of the last level [B, N, D], float32."""
+    return all_levels(encoder, clips)[..., -encoder.video.shape[-1]:]
 
 
 # ----------------------------------------------------------------------------------------------- features in a file
@@ -536,40 +542,197 @@ def compare(first, second):
 
 # ------------------------------------------------------------------------------------------------ generated clips
 
+FACTORS = {"direction": DIRECTIONS, "speed": len(SPEEDS), "appearance": len(APPEARANCES)}  # with their classes
 
-def synthetic_sets(encoder, frames, crop, count, pooled):
-    """Held-out moving-shape clips, labelled by each factor: {factor: (to train on, a third as many to test on)}."""
-    sets = {}
+
+class Generated(NamedTuple):
+    """Moving-shape clips as an encoder sees them."""
+    tokens: torch.Tensor  # [n, N, D] of the last level
+    levels: torch.Tensor  # [n, 1, 4D], the mean over tokens of all four levels
+    factors: dict  # labels [n] by factor
+
+    def last_level(self, factor, pooled):
+        """What the study evaluates: the last level, labelled by a factor."""
+        width = self.tokens.shape[-1]
+        return Labelled(self.levels[..., -width:] if pooled else self.tokens, self.factors[factor])
+
+
+@torch.no_grad()
+def synthetic_sets(encoder, frames, crop, count):
+    """Held-out moving-shape clips: (`count` to train a head on, a third as many to test it on)."""
+    sets = []
     for number, seed in ((count, HELD_OUT), (max(1, count // 3), HELD_OUT + 1)):
         source = Shapes(frames, crop, seed, encoder.video.device)
-        parts = [last_level(encoder, source.clips(items)) for items in torch.arange(number).split(64)]
-        features = torch.cat([part.mean(1, keepdim=True) if pooled else part for part in parts])
-        for factor, labels in source.factors(torch.arange(number)).items():
-            sets[factor] = (*sets.get(factor, ()), Labelled(features, labels))
+        tokens, levels = [], []
+        for items in torch.arange(number).split(64):
+            features = all_levels(encoder, source.clips(items))  # (64, N, 4D)
+            tokens.append(features[..., -encoder.video.shape[-1]:].clone())  # without holding on to all of them
+            levels.append(features.mean(1, keepdim=True))
+        sets.append(Generated(torch.cat(tokens), torch.cat(levels), source.factors(torch.arange(number))))
     return sets
 
 
-def synthetic_accuracy(encoder, frames, crop, count=3072, attentive=False, seed=0, progress=""):
-    """Top-1 % of a probe for each factor of the moving-shape clips: `count` for training, a third as many for test."""
-    recipe = SYNTHETIC["attentive" if attentive else "linear"]
-    return {factor: accuracy(recipe, *pair, seed, encoder.video.device, progress and f"{progress}, {factor}")
-            for factor, pair in synthetic_sets(encoder, frames, crop, count, recipe.pooled).items()}
+def channel_groups(width):
+    """The two ways to cut 4D channels into appearance and dynamics, each half as channel numbers, by name."""
+    channels = torch.arange(LEVELS * width)
+    groups = {}
+    for name, by_level in (("by depth", False), ("within levels", True)):
+        groups[f"appearance {name}"], groups[f"dynamics {name}"] = appearance_and_dynamics(channels, by_level=by_level)
+    return groups
 
 
-def report(encoder, frames, crop, clips, seed):
-    """Print the linear and the attentive probe of each factor of the moving-shape clips."""
-    chance = {"direction": DIRECTIONS, "speed": len(SPEEDS), "appearance": len(APPEARANCES)}
-    print("top-1 %, chance: " + ", ".join(f"{factor} {100 / classes:g}" for factor, classes in chance.items()))
-    for kind in SYNTHETIC:
-        found = synthetic_accuracy(encoder, frames, crop, clips, kind == "attentive", seed, progress=kind)
-        print(f"{kind:<10}" + "".join(f"  {factor} {value:5.1f}" for factor, value in found.items()), flush=True)
+def synthetic_results(encoder, frames, crop, count, seed=0, attentive=True, channels=True, progress=False):
+    """All that the moving-shape clips tell of an encoder: {measurement: {factor: top-1 %}}.
+
+    "linear" and "attentive" heads on the last level; "1-shot" and "5-shot": 600 episodes of 5 classes on its mean over
+    tokens; and linear heads on each half of all four levels' channels, for both ways to cut them (`channel_groups`).
+    """
+    train, test = synthetic_sets(encoder, frames, crop, count)
+    device, found = encoder.video.device, {}
+
+    def measure(name, recipe, select):
+        found[name] = {factor: accuracy(recipe, select(train, factor), select(test, factor), seed, device,
+                                        progress and f"{name}, {factor}") for factor in FACTORS}
+    measure("linear", SYNTHETIC["linear"], lambda clips, factor: clips.last_level(factor, pooled=True))
+    if attentive:
+        measure("attentive", SYNTHETIC["attentive"], lambda clips, factor: clips.last_level(factor, pooled=False))
+    for shot in (1, 5):
+        found[f"{shot}-shot"] = {
+            factor: episode_accuracies(*(clips.last_level(factor, pooled=True) for clips in (train, test)), 5, shot,
+                                       EPISODES, seed).mean().item() for factor in ("direction", "appearance")}
+    for name, group in channel_groups(train.tokens.shape[-1]).items() if channels else ():
+        measure(name, SYNTHETIC["linear"],
+                lambda clips, factor: Labelled(clips.levels[..., group.to(device)], clips.factors[factor]))
+    return found
+
+
+def show_synthetic(rows):
+    """Print results, {name of an encoder: `synthetic_results`}, as one table: a row per encoder and measurement."""
+    print(f"\n{'top-1 %':<42}" + "".join(f"{factor:>12}" for factor in FACTORS))
+    for encoder, found in rows.items():
+        for name, values in found.items():
+            print(f"{f'{encoder}: {name}':<42}" + "".join(
+                f"{values[factor]:12.1f}" if factor in values else f"{'-':>12}" for factor in FACTORS))
+    print(f"{'chance (5-way shots: 20)':<42}" + "".join(f"{100 / classes:12.1f}" for classes in FACTORS.values()))
 
 
 def synthetic_episodes(encoder, frames, crop, count=3072, way=5, episodes=600, seed=0):
     """Episodes of the direction and of the appearance: {"direction, 5-way 1-shot episodes": measurement, ...}."""
-    sets = synthetic_sets(encoder, frames, crop, count, pooled=True)
-    return {f"{factor}, {name}": found for factor in ("direction", "appearance")
-            for name, found in episode_measurements(*sets[factor], way, episodes, seed).items()}
+    sets = synthetic_sets(encoder, frames, crop, count)
+    return {f"{factor}, {name}": found for factor in ("direction", "appearance") for name, found in
+            episode_measurements(*(clips.last_level(factor, pooled=True) for clips in sets), way, episodes,
+                                 seed).items()}
+
+
+# --------------------------------------------------------------------------------------------------- a sweep's table
+
+COLUMNS = [("linear", factor) for factor in FACTORS] + [("attentive", factor) for factor in FACTORS] + [
+    (f"{shot}-shot", factor) for factor in ("direction", "appearance") for shot in (1, 5)]
+HALVES = [f"{half} {cut}" for cut in ("by depth", "within levels") for half in ("appearance", "dynamics")]
+
+
+def read_sweep(folder):
+    """The finished runs of a sweep: {name: {seed: values}}, in the order of `OBJECTIVES`, any other name after them.
+
+    values: numbers by (measurement, factor), and by "effective rank" and "feature std" at the end of training.
+    "untrained" is what the runs of a seed began with. Raises ValueError where there is no run.
+    """
+    table = {}
+    for path in sorted(Path(folder).glob("*-seed*/result.json")):
+        result = read_json(path)
+        if "trained" not in result:
+            continue
+        for name, key in ((path.parent.name.rpartition("-seed")[0], "trained"), ("untrained", "untrained")):
+            values = {(kind, factor): value for kind, found in result[key].items() for factor, value in found.items()}
+            if key == "trained":
+                values |= {name: float(result["last"][name.replace(" ", "_")]) for name in ("effective rank", "feature std")}
+            table.setdefault(name, {})[result["config"]["seed"]] = values
+    if not table:
+        raise ValueError(f"{folder} holds no finished run; `python train.py --objective all --seeds 0,1,2 --out {folder}` "
+                         "makes them")
+    order = ["untrained", *OBJECTIVES]
+    return dict(sorted(table.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+
+
+def mean_cell(seeds, column, digits=1):
+    """Mean +- standard deviation over seeds of one column; "-" where it was not measured."""
+    values = torch.tensor([values[column] for values in seeds.values() if column in values])
+    if not len(values):
+        return "-"
+    return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
+
+
+def difference_cell(seeds, baseline, column):
+    """Mean difference to the baseline, seed by seed, +- half its 95 % interval; in brackets where that holds zero."""
+    pairs = [(values[column], baseline[seed][column]) for seed, values in seeds.items()
+             if column in values and column in baseline.get(seed, {})]
+    if len(pairs) < 2:
+        return "-"
+    difference = torch.tensor([value - reference for value, reference in pairs])
+    mean, half = difference.mean().item(), interval(difference)
+    cell = f"{mean:+.1f} ± {half:.1f}"
+    return cell if abs(mean) > half else f"({cell})"
+
+
+def ranks(values):
+    """1 for the smallest of values [n] to n for the largest; equal ones share the mean of their ranks."""
+    smaller = (values.unsqueeze(0) < values.unsqueeze(1)).sum(1)
+    equal = (values.unsqueeze(0) == values.unsqueeze(1)).sum(1)
+    return smaller + (equal + 1) / 2
+
+
+def rank_correlation(first, second):
+    """Spearman's: the correlation of the ranks of first [n] and second [n]."""
+    return torch.corrcoef(torch.stack((ranks(first), ranks(second))))[0, 1].item()
+
+
+def bootstrap(first, second, draws=10_000, seed=0):
+    """The 95 % interval of `rank_correlation`, from drawing the n pairs anew with replacement."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for picked in torch.randint(len(first), (draws, len(first)), generator=generator):
+        found.append(rank_correlation(first[picked], second[picked]))
+    found = torch.tensor(found)
+    return found[found.isfinite()].quantile(torch.tensor([0.025, 0.975])).tolist()
+
+
+def markdown(columns, rows):
+    """Print rows, {name: cells}, as a Markdown table."""
+    print("| | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+    for name, cells in rows.items():
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def print_table(folder):
+    """What a sweep found, as Markdown: measurements, differences to the baseline, the two halves of the channels, and
+    over objectives the rank correlation of the change in motion direction with the change in appearance."""
+    table = read_sweep(folder)
+    columns = [f"{factor}, {kind}" for kind, factor in COLUMNS]
+    several = {name: seeds for name, seeds in table.items() if name not in ("untrained", "baseline")}
+    print(f"Top-1 %, mean ± standard deviation over {max(map(len, table.values()))} seeds\n")
+    markdown(columns + ["effective rank", "feature std"], {name: [
+        *(mean_cell(seeds, column) for column in (*COLUMNS, "effective rank")), mean_cell(seeds, "feature std", 3)]
+        for name, seeds in table.items()})
+    if "baseline" in table and several:
+        print("\nDifference to the baseline in points, paired by seed, with 95 % intervals (Student's t). In brackets: not "
+              "shown,\nsince the interval holds zero\n")
+        markdown(columns + ["effective rank"], {name: [
+            difference_cell(seeds, table["baseline"], column) for column in (*COLUMNS, "effective rank")]
+            for name, seeds in several.items()})
+    print("\nLinear heads on one half of the channels of all four levels\n")
+    markdown([f"{factor}, {half}" for half in HALVES for factor in FACTORS], {name: [
+        mean_cell(seeds, (half, factor)) for half in HALVES for factor in FACTORS] for name, seeds in table.items()
+        if name != "untrained"})
+    changed = [name for name in several if name in OBJECTIVES]
+    if "baseline" in table and len(changed) > 3:
+        direction, appearance = (torch.tensor([
+            np.mean([values["linear", factor] for values in table[name].values()])
+            - np.mean([values["linear", factor] for values in table["baseline"].values()]) for name in changed])
+            for factor in ("direction", "appearance"))
+        low, high = bootstrap(direction, appearance)
+        print(f"\nRank correlation over {len(changed)} objectives of the change in direction with the change in appearance "
+              f"(linear): {rank_correlation(direction, appearance):+.2f}, 95 % interval [{low:+.2f}, {high:+.2f}] "
+              "(bootstrap over objectives)")
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
@@ -684,17 +847,18 @@ def parse(arguments):
     parser.add_argument("--seed", type=int, default=0, help="the first one, of heads, their shuffling, and draws")
     parser.add_argument("--seeds", type=at_least_one, default=1, help="how many heads to train on all labels")
     parser.add_argument("--shots", type=whole_numbers, metavar="K,K,...", help="labelled clips per class")
-    parser.add_argument("--episodes", type=at_least_one, nargs="?", const=600, help="how many; 600 if not said")
+    parser.add_argument("--episodes", type=at_least_one, nargs="?", const=EPISODES, help=f"how many; {EPISODES} if not said")
     parser.add_argument("--way", type=at_least_one, default=5, help="classes of an episode")
     parser.add_argument("--pictures", action="store_true", help="of masks and features")
     parser.add_argument("--clips", type=at_least_one, default=3072, help="moving-shape clips to train a probe on")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read videos")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two results, results-*.json")
+    parser.add_argument("--table", metavar="DIR", help="the folder of a sweep, `train.py --seeds`")
     flags = parser.parse_args(arguments)
     own = flags.train_list or flags.test_list
     wrong = {
-        "give one of --checkpoint, --weights and --compare":
-            sum(map(bool, (flags.checkpoint, flags.weights, flags.compare))) != 1,
+        "give one of --checkpoint, --weights, --compare and --table":
+            sum(map(bool, (flags.checkpoint, flags.weights, flags.compare, flags.table))) != 1,
         "--weights needs --out DIR, a folder for features and results": flags.weights and not flags.out,
         "--train-list and --test-list go together": own and not (flags.train_list and flags.test_list),
         "--benchmark and lists of one's own ask for different clips; give one": own and flags.benchmark,
@@ -714,6 +878,9 @@ def main(arguments=None):
         if flags.compare:
             compare(*flags.compare)
             return 0
+        if flags.table:
+            print_table(flags.table)
+            return 0
         subject = open_subject(flags)
         generated = not (flags.benchmark or flags.train_list)
         frames, crop = subject.config["frames"], subject.config["crop"]
@@ -725,7 +892,8 @@ def main(arguments=None):
             show(synthetic_episodes(subject.encoder, frames, crop, flags.clips, flags.way, flags.episodes, flags.seed))
         else:
             if generated:
-                report(subject.encoder, frames, crop, flags.clips, flags.seed)
+                found = synthetic_results(subject.encoder, frames, crop, flags.clips, flags.seed, progress=True)
+                show_synthetic({"untrained" if flags.untrained else "encoder": found})
             evaluate(subject, name, train, test, flags)
     except KeyboardInterrupt:
         print("probe.py: stopped; the same command goes on with the features that are done", file=sys.stderr)

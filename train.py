@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import statistics
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -27,9 +28,9 @@ from tqdm import tqdm
 import data
 import probe
 from model import LEVELS, SIZES, Encoder, Predictor, Size, level_normalise, load_foreign, token_grid
-from objectives import (OBJECTIVES, Record, View, as_released, coefficients, losses, make_heads, mean_over_ranks,
-                        motion_map, sample_masks)
-from synthetic import APPEARANCES, DIRECTIONS, Shapes
+from objectives import (ABLATIONS, OBJECTIVES, Record, View, as_released, coefficients, cut_by_level, losses, make_heads,
+                        mean_over_ranks, motion_map, sample_masks)
+from synthetic import Shapes
 
 
 def setting(default, meaning):
@@ -42,6 +43,8 @@ class Config:
     preset: str = setting("synthetic", "the values that the other flags start from")
     objective: str = setting("baseline", "one of --list")
     as_released: bool = setting(False, "behave as the released code, not as its description (README)")
+    fwm_split: str = setting("depth", "where fwm cuts appearance from dynamics: depth, or level for within every level")
+    ablate: str = setting("", "leave one ingredient out: " + ", ".join(ABLATIONS))
     out: str = setting("", "the run folder; runs/<preset or name of --data>-<objective>-seed<seed> if not said")
     seed: int = setting(0, "of weights, clips and masks")
     # data
@@ -59,8 +62,8 @@ class Config:
     patch: int = setting(8, "height and width of a token in pixels")
     tubelet: int = setting(2, "frames of a token")
     # optimisation
-    steps: int = setting(800, "training steps; every schedule is a share of them")
-    batch: int = setting(32, "clips per step, over all ranks together")
+    steps: int = setting(500, "training steps; every schedule is a share of them")
+    batch: int = setting(16, "clips per step, over all ranks together")
     lr: float = setting(1e-3, "learning rate after the warm-up, which is the first 1 %% of the steps")
     warmup_lr: float = setting(1e-4, "learning rate of step 0")
     weight_decay: float = setting(0.04, "of matrices; biases and 1-D tensors have none")
@@ -71,7 +74,7 @@ class Config:
     # logging
     log_every: int = setting(10, "steps between lines of metrics.csv")
     save_every: int = setting(100, "steps between checkpoints")
-    probe_clips: int = setting(3072, "labelled synthetic clips of the final table; 0: no table")
+    probe_clips: int = setting(2304, "labelled synthetic clips of the final table; 0: no table")
 
 
 STUDY = dict(frames=16, crop=224, size="vit_base", patch=16, steps=30_000, batch=32, lr=6e-4, ema=0.99925, workers=8,
@@ -99,6 +102,8 @@ def parse(arguments):
     parser.add_argument("--gradients", action="store_true", help="print which networks each loss trains and stop")
     parser.add_argument("--benchmark", action="store_true", help="time the training step; --objective a,b or all")
     parser.add_argument("--resume", action="store_true", help="continue the run in its folder")
+    parser.add_argument("--seeds", help="a sweep: --objective a,b or all with each of these seeds, as 0,1,2")
+    parser.add_argument("--jobs", type=int, help="runs of a sweep side by side [one per CPU core; on a GPU 1]")
     for item in fields(Config):
         flag = "--" + item.name.replace("_", "-")
         if item.type is bool:
@@ -115,11 +120,17 @@ def parse(arguments):
     config = Config(**{**PRESETS[preset], **chosen, "preset": preset})
     if "frame_step" in chosen and "fps" not in chosen:
         config.fps = 0
-    if given.benchmark:
+    if given.benchmark or given.seeds:
         given.names = list(OBJECTIVES) if config.objective == "all" else config.objective.split(",")
         config.objective = given.names[0]
         for name in given.names:
             known("objective", name, OBJECTIVES)
+    if given.seeds:
+        try:
+            given.seeds = [int(seed) for seed in given.seeds.split(",")]
+        except ValueError:
+            raise ValueError(f"--seeds {given.seeds}: give whole numbers with commas, as 0,1,2") from None
+        config.out = config.out or "runs/study"
     return check(config), given
 
 
@@ -129,18 +140,29 @@ def check(config):
     known("size", config.size, SIZES)
     known("device", config.device, ("auto", "cuda", "mps", "cpu"))
     known("value of --compile", config.compile, ("auto", "yes", "no"))
+    known("value of --fwm-split", config.fwm_split, ("depth", "level"))
+    known("value of --ablate", config.ablate, ("", *ABLATIONS))
     for name in ("frames", "crop", "patch", "tubelet", "steps", "batch", "log_every", "save_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least 1")
+    if 0 < config.probe_clips < 192:
+        raise ValueError(f"--probe-clips {config.probe_clips} are too few to probe 8 classes with; give at least 192, or 0 "
+                         "for no table")
     grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
     if grid[0] < 2:
         raise ValueError(f"{config.frames} frames in tubelets of {config.tubelet} give {grid[0]} time step; "
                          "the method needs at least 2: raise --frames")
     if not config.out:
-        released = "-as-released" if config.as_released else ""
-        source = Path(config.data).stem if config.data else config.preset
-        config.out = f"runs/{source}-{config.objective}{released}-seed{config.seed}"
+        config.out = f"runs/{Path(config.data).stem if config.data else config.preset}-{run_name(config)}"
     return config
+
+
+def run_name(config):
+    """The objective, what of the method was changed by flags, and the seed."""
+    changes = {"-as-released": config.as_released, f"-fwm-split-{config.fwm_split}": config.fwm_split != "depth",
+               f"-without-{config.ablate}": config.ablate,
+               f"-ema-{config.ema:g}": config.ema != PRESETS[config.preset].get("ema", Config.ema)}
+    return config.objective + "".join(change for change in changes if changes[change]) + f"-seed{config.seed}"
 
 
 class JEPA(nn.Module):
@@ -157,7 +179,7 @@ class JEPA(nn.Module):
     def targets(self, clips):
         """What is to be predicted: features of the whole clip, [B, N, 4D]. Without EMA they carry gradient."""
         encoder = self.target if self.objective.ema else self.encoder
-        return level_normalise(encoder(clips))
+        return level_normalise(encoder(clips)) if self.objective.level_norm else encoder(clips)
 
     def view(self, clips, visible, masked, grid):
         """Encode what one mask leaves visible, predict the rest."""
@@ -176,10 +198,17 @@ class JEPA(nn.Module):
 
 def build(config):
     """The networks of a run before its first step: a pure function of the seed."""
-    objective = OBJECTIVES[config.objective]
+    objective, size = OBJECTIVES[config.objective], SIZES[config.size]
+    if config.as_released:
+        objective = as_released(objective)
+    if config.fwm_split == "level":
+        objective = cut_by_level(objective)
+    if config.ablate:
+        objective = replace(objective, **ABLATIONS[config.ablate])
+    if config.ablate == "predictor":
+        size = size._replace(predictor_depth=0)
     torch.manual_seed(config.seed)
-    return JEPA(as_released(objective) if config.as_released else objective, SIZES[config.size], config.patch,
-                config.tubelet)
+    return JEPA(objective, size, config.patch, config.tubelet)
 
 
 def make_optimizer(model, config):
@@ -294,6 +323,8 @@ class Trainer:
         if config.weights:
             self.start_from(config.weights)
         self.objective = self.model.objective
+        # At momentum 1 the target never moves: what is learned is in the encoder.
+        self.evaluated = "encoder" if config.ema == 1 else self.objective.evaluated
         self.optimizer = make_optimizer(self.model, config)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.update_target = get_ema_multi_avg_fn(config.ema)
@@ -340,7 +371,7 @@ class Trainer:
     def save(self, folder, step):
         """Write all that a later process needs to go on with `step` as its first step."""
         buffer = io.BytesIO()
-        torch.save({"config": asdict(self.config), "step": step, "evaluated": self.objective.evaluated,
+        torch.save({"config": asdict(self.config), "step": step, "evaluated": self.evaluated,
                     "optimizer": self.optimizer.state_dict(),
                     **{part: getattr(self.model, part).state_dict() for part in self.PARTS}}, buffer)
         probe.write_file(folder / "last.pt", buffer.getvalue())
@@ -454,8 +485,8 @@ def train(config, resume=False):
     if rank == 0:
         if stop.received:
             print(f"stopped after step {step}; the same command with --resume goes on from there")
-        elif config.probe_clips:
-            print_result(config, trainer.model, device)
+        else:
+            finish(trainer, folder)
         if broken.files:
             print(f"unreadable: {broken}; {folder}/unreadable.txt names the first")
         print(f"run folder: {folder}")
@@ -464,16 +495,85 @@ def train(config, resume=False):
     return stop.received
 
 
-def print_result(config, model, device):
-    """What the encoder learned: the same probes on the same clips, before and after training."""
-    untrained = build(config).encoder.to(device)
-    trained = getattr(model, model.objective.evaluated)
-    rows = {name: probe.synthetic_accuracy(encoder, config.frames, config.crop, config.probe_clips)
-            for name, encoder in (("untrained", untrained), ("trained", trained))}
-    print("\nlinear probe, top-1 %   motion direction   appearance")
-    for name, accuracy in rows.items():
-        print(f"{name:<22} {accuracy['direction']:17.1f} {accuracy['appearance']:12.1f}")
-    print(f"{'chance':<22} {100 / DIRECTIONS:17.1f} {100 / len(APPEARANCES):12.1f}")
+def finish(trainer, folder):
+    """Probe what the encoder learned, before and after training on the same clips; write it all to result.json."""
+    config, device, found = trainer.config, trainer.device, {}
+    if config.probe_clips:
+        encoders = {"untrained": build(config).encoder.to(device), "trained": getattr(trainer.model, trainer.evaluated)}
+        for name, encoder in encoders.items():
+            full = config.preset == "synthetic" and name == "trained"  # the rest takes long, or much memory
+            found[name] = probe.synthetic_results(encoder, config.frames, config.crop, config.probe_clips,
+                                                  attentive=full, channels=full)
+        probe.show_synthetic({name: {kind: found[name][kind] for kind in ("linear", "attentive") if kind in found[name]}
+                              for name in found})
+    last = list(csv.DictReader((folder / "metrics.csv").open()))[-1]
+    machine = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    probe.write_json(folder / "result.json", {"config": asdict(config), "machine": machine, "last": last, **found})
+
+
+# ----------------------------------------------------------------------------------------------------------- a sweep
+
+
+def flags_of(config):
+    """The command line of a config, every field said."""
+    flags = []
+    for name, value in asdict(config).items():
+        flag = "--" + name.replace("_", "-")
+        flags += ([flag] if value else []) if isinstance(value, bool) else [f"{flag}={value}"]
+    return flags
+
+
+def same_run(first, second):
+    """Do two configs, as dicts, compute the same?"""
+    return all(first.get(name) == value for name, value in second.items() if name not in MACHINE)
+
+
+def sweep(config, names, seeds, jobs):
+    """Every objective with every seed, each a command of its own that can be run alone, `jobs` at a time.
+
+    A run's folder is <out>/`run_name`. What is finished there is left alone, what was begun goes on. On a
+    CPU a run has one thread, so that its numbers do not depend on how many run beside it. Returns 0, a signal's
+    number, or 1 if a run failed; the others go on all the same.
+    """
+    cpu = start_ranks(config)[2].type == "cpu"
+    jobs = jobs or (os.cpu_count() if cpu else 1)
+    environment = {**os.environ, "TQDM_MININTERVAL": "10", **({"OMP_NUM_THREADS": "1"} if cpu else {})}
+    runs = [replace(config, objective=name, seed=seed) for seed in seeds for name in names]
+    runs = [check(replace(run, out=f"{config.out}/{run_name(run)}")) for run in runs]
+    waiting, running, failed = [], {}, []
+    for run in runs:
+        before = probe.read_json(Path(run.out) / "result.json").get("config")
+        if before and not same_run(before, asdict(run)):
+            raise ValueError(f"{run.out} holds a different run; choose another --out")
+        if not before:
+            waiting.append(run)
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    with StopSignal() as stop, tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run") as bar:
+        while running or waiting and not stop.received:
+            while waiting and len(running) < jobs and not stop.received:
+                run = waiting.pop(0)
+                with open(f"{run.out}.log", "w") as log:
+                    # In a session of its own, so that Ctrl-C reaches this process alone, which passes it on.
+                    running[run.out] = subprocess.Popen(
+                        [sys.executable, __file__, "--resume", *flags_of(run)], stdout=log, stderr=log,
+                        env=environment, start_new_session=True)
+            bar.set_postfix_str(", ".join(Path(out).name for out in running))
+            time.sleep(0.2)
+            for out in [out for out, process in running.items() if process.poll() is not None]:
+                if running.pop(out).returncode and not stop.received:
+                    reason = Path(f"{out}.log").read_text().strip().splitlines() or ["no message"]
+                    failed.append(f"{out}: {reason[-1]}")
+                bar.update()
+            if stop.received:
+                for process in running.values():
+                    process.terminate()
+                for process in running.values():
+                    process.wait()
+    for sentence in failed:
+        print(sentence, file=sys.stderr)
+    print("stopped; the same command goes on from there" if stop.received else
+          f"{len(runs) - len(failed)} of {len(runs)} runs finished; `python probe.py --table {config.out}` compares them")
+    return 128 + stop.received if stop.received else int(bool(failed))
 
 
 # ----------------------------------------------------------------------------------------------------- how fast it is
@@ -684,6 +784,8 @@ def main(arguments=None):
         if flags.benchmark:
             benchmark(config, flags.names)
             return 0
+        if flags.seeds:
+            return sweep(config, flags.names, flags.seeds, flags.jobs)
         stopped = train(config, flags.resume)
         return 128 + stopped if stopped else 0
     except (ValueError, FloatingPointError, OSError) as error:

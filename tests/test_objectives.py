@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import nn
 
+from model import take
 from objectives import (OBJECTIVES, TERMS, MaskKind, Masking, Record, View, as_released, block_size, coefficients,
-                        context, distance_to_masked, draw_mask, epps_pulley, losses, make_heads, motion_map, prediction,
-                        sample_masks)
+                        context, cut_by_level, distance_to_masked, draw_mask, epps_pulley, hard_share, losses, make_heads,
+                        motion_map, prediction, sample_masks)
 
 LEVEL_WIDTH = 3  # D
 CHANNELS = 4 * LEVEL_WIDTH
@@ -99,14 +100,19 @@ def absolute_mean(channels):
     return channels.abs().mean()
 
 
-def masked_errors(record, view):
-    """For each clip, the list of its masked tokens' mean absolute prediction errors."""
-    return [[absolute_mean(prediction - record.h[clip, token]) for prediction, token in zip(view.p[clip], tokens)]
+def squared_mean(channels):
+    return (channels * channels).mean()
+
+
+def masked_errors(record, view, squared=False):
+    """For each clip, the list of its masked tokens' mean absolute (or squared) prediction errors."""
+    size = squared_mean if squared else absolute_mean
+    return [[size(prediction - record.h[clip, token]) for prediction, token in zip(view.p[clip], tokens)]
             for clip, tokens in enumerate(view.masked.tolist())]
 
 
-def naive_prediction(record):
-    return average(average(itertools.chain(*masked_errors(record, view))) for view in record.views)
+def naive_prediction(record, squared=False):
+    return average(average(itertools.chain(*masked_errors(record, view, squared))) for view in record.views)
 
 
 def naive_distance(cells, visible, masked):
@@ -115,14 +121,14 @@ def naive_distance(cells, visible, masked):
             for token in visible]
 
 
-def naive_context(record):
-    cells = cells_of(record.grid)
+def naive_context(record, squared=False):
+    cells, size = cells_of(record.grid), squared_mean if squared else absolute_mean
     per_mask = []
     for view in record.views:
         errors = []
         for clip, tokens in enumerate(view.visible.tolist()):
             distances = naive_distance(cells, tokens, view.masked[clip].tolist())
-            errors += [absolute_mean(view.c[clip, i] - record.h[clip, token]) / math.sqrt(distances[i])
+            errors += [size(view.c[clip, i] - record.h[clip, token]) / math.sqrt(distances[i])
                        for i, token in enumerate(tokens)]
         per_mask.append(average(errors))
     return average(per_mask)
@@ -171,39 +177,56 @@ def naive_hw(record, temperature):
                    for view in record.views)
 
 
+def naive_hard_share(record):
+    """(sum w)^2 / (k sum w^2) of the softmax weights w of each clip's k masked tokens, averaged."""
+    shares = []
+    for view in record.views:
+        for errors in masked_errors(record, view):
+            weights = [math.exp(error.item()) for error in errors]
+            shares.append(sum(weights) ** 2 / (len(weights) * sum(weight ** 2 for weight in weights)))
+    return torch.tensor(average(shares), dtype=torch.float64)
+
+
 def naive_delta(record):
     return average_over_masks([[absolute_mean((pair.z_next - pair.z) - (pair.h_next - pair.h))
                                 for pair in pairs_of(record, view)] for view in record.views])
 
 
-def last_half(features):
-    """The dynamics channels at ratio 0.5."""
-    return features[CHANNELS // 2:]
+def cut(ratio, by_level=False):
+    """(appearance, dynamics): lists of channels. Of 4 levels side by side the first ones, or the first of each level."""
+    if by_level:
+        appearance = [level * LEVEL_WIDTH + i for level in range(4) for i in range(int(ratio * LEVEL_WIDTH))]
+    else:
+        appearance = list(range(int(ratio * CHANNELS)))
+    return appearance, [channel for channel in range(CHANNELS) if channel not in appearance]
 
 
-def naive_ld(record, head, dynamics_only=False, hard=False, temperature=1.0):
+def seen_by_head(z, dynamics_only, by_level):
+    return z[cut(0.5, by_level)[1]] if dynamics_only else z
+
+
+def naive_ld(record, head, dynamics_only=False, by_level=False, hard=False, temperature=1.0):
     per_mask = []
     for view in record.views:
-        errors = [absolute_mean(head(last_half(pair.z) if dynamics_only else pair.z) - (pair.h_next - pair.h))
+        errors = [absolute_mean(head(seen_by_head(pair.z, dynamics_only, by_level)) - (pair.h_next - pair.h))
                   for pair in pairs_of(record, view)]
         per_mask.append(weigh_by_softmax(errors, temperature) if hard else errors)
     return average_over_masks(per_mask)
 
 
-def naive_fwm_static(record, ratio):
-    appearance = int(ratio * CHANNELS)
-    return average_over_masks([[absolute_mean(pair.z_next[:appearance] - pair.z[:appearance])
+def naive_fwm_static(record, ratio, by_level=False):
+    appearance, _ = cut(ratio, by_level)
+    return average_over_masks([[absolute_mean(pair.z_next[appearance] - pair.z[appearance])
                                 for pair in pairs_of(record, view)] for view in record.views])
 
 
-def naive_fwm_orth(record, ratio):
-    appearance = int(ratio * CHANNELS)
+def naive_fwm_orth(record, ratio, by_level=False):
+    appearance, dynamics = cut(ratio, by_level)
     per_mask = []
     for view in record.views:
         channels = [torch.cat([clip[:, channel] for clip in view.z]) for channel in range(CHANNELS)]
         centred = [channel - channel.mean() for channel in channels]
-        covariances = [(a * b).sum() / (len(a) - 1)
-                       for a in centred[:appearance] for b in centred[appearance:]]
+        covariances = [(centred[a] * centred[b]).sum() / (len(centred[a]) - 1) for a in appearance for b in dynamics]
         per_mask.append(average(covariance ** 2 for covariance in covariances))
     return average(per_mask)
 
@@ -254,14 +277,14 @@ def mean_colour(clip, cell):
                 column * PIXEL_COLUMNS:(column + 1) * PIXEL_COLUMNS].mean((1, 2, 3))
 
 
-def naive_ac(record, head, dynamics_only=False):
+def naive_ac(record, head, dynamics_only=False, by_level=False):
     per_mask = []
     for view in record.views:
         errors = []
         for pair in pairs_of(record, view):
             clip, (time, row, column) = record.clips[pair.clip], pair.cell
             target = mean_colour(clip, (time + 1, row, column)) - mean_colour(clip, pair.cell)
-            errors.append(absolute_mean(head(last_half(pair.z) if dynamics_only else pair.z) - target))
+            errors.append(absolute_mean(head(seen_by_head(pair.z, dynamics_only, by_level)) - target))
         per_mask.append(errors)
     return average_over_masks(per_mask)
 
@@ -369,7 +392,9 @@ def same_options(name, naive, head=(), **options):
 HALF = CHANNELS // 2
 CASES = [
     same_options("prediction", naive_prediction),
+    same_options("prediction", naive_prediction, squared=True),
     same_options("context", naive_context),
+    same_options("context", naive_context, squared=True),
     Case("hw", {}, naive_hw, {"temperature": 1.0}),
     same_options("hw", naive_hw, temperature=0.05),
     same_options("delta", naive_delta),
@@ -377,15 +402,19 @@ CASES = [
     same_options("ld", naive_ld, head=(HALF, 5, CHANNELS), dynamics_only=True),
     same_options("ld", naive_ld, head=(CHANNELS, 5, CHANNELS), hard=True),
     same_options("ld", naive_ld, head=(HALF, 5, CHANNELS), dynamics_only=True, hard=True, temperature=0.05),
+    same_options("ld", naive_ld, head=(8, 5, CHANNELS), dynamics_only=True, by_level=True),  # 4 channels are appearance
     Case("fwm_static", {}, naive_fwm_static, {"ratio": 0.5}),
     same_options("fwm_static", naive_fwm_static, ratio=0.3),
+    same_options("fwm_static", naive_fwm_static, ratio=0.7, by_level=True),
     Case("fwm_orth", {}, naive_fwm_orth, {"ratio": 0.5}),
     same_options("fwm_orth", naive_fwm_orth, ratio=0.3),
+    same_options("fwm_orth", naive_fwm_orth, ratio=0.7, by_level=True),
     same_options("spectral", naive_spectral),
     Case("ltc", {}, naive_ltc, {"margin": 0.5}),
     same_options("ltc", naive_ltc, margin=0.1),
     same_options("ac", naive_ac, head=(CHANNELS, 5, 3)),
     same_options("ac", naive_ac, head=(HALF, 5, 3), dynamics_only=True),
+    same_options("ac", naive_ac, head=(8, 5, 3), dynamics_only=True, by_level=True),
     same_options("kinematic", naive_kinematic),
     Case("kinematic", {"huber": True}, naive_kinematic, {"penalty": huber}),
     same_options("kinematic", naive_kinematic, order=2),
@@ -418,8 +447,8 @@ def assert_equals_naive(case, record):
     torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
     leaves = [record.h, *itertools.chain(*((view.z, view.p, view.c) for view in record.views)),
               *itertools.chain(*(network.parameters() for network in head))]
-    # Where the naive gradient is zero or cancels, float64 leaves about 1e-16.
-    torch.testing.assert_close(gradients(value, leaves), gradients(expected, leaves), rtol=1e-6, atol=1e-13)
+    # Gradients are about 1e-3. Where those of both masks cancel, `context` leaves 1e-10, since distances are float32.
+    torch.testing.assert_close(gradients(value, leaves), gradients(expected, leaves), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -565,6 +594,16 @@ def test_fwm_orth_stays_in_float32_under_autocast():
     torch.testing.assert_close(value.double(), naive_fwm_orth(record, ratio=0.5), rtol=1e-5, atol=0)
 
 
+def test_the_hard_share_is_one_for_equal_errors_and_one_token_of_k_for_one_error_above_all():
+    record = make_record((4, 3, 5), 2)
+    views = [view._replace(p=take(record.h, view.masked).detach() + 3.0) for view in record.views]
+    assert hard_share(record._replace(views=views)).item() == pytest.approx(1)
+    for view in views:
+        view.p[:, 0] += 1e3
+    alone = average(1 / view.masked.shape[1] for view in views)
+    assert hard_share(record._replace(views=views)).item() == pytest.approx(alone)
+
+
 # -------------------------------------------------------------------------------------------- the named objectives
 
 
@@ -656,6 +695,8 @@ def test_total_is_the_sum_of_the_naive_terms(name, released):
             coefficient *= 0.5 * (1 + math.cos(math.pi * 75 / 100))
         expected[term] = naive(record, *([heads[term]] if term in heads else []), **options)
         expected_total = expected_total + coefficient * expected[term]
+    if "hw" in expected:
+        torch.testing.assert_close(values.pop("hard_share"), naive_hard_share(record), rtol=1e-6, atol=0)
     assert list(values)[-1] == "total"
     torch.testing.assert_close(values, {**expected, "total": expected_total}, rtol=1e-6, atol=0)
 
@@ -688,6 +729,22 @@ def test_as_released_differs_in_nothing_but_two_faults(name):
     assert (released.terms == objective.terms) == (name not in HARD_DYNAMICS)
     for step in (0, 22500):
         assert coefficients(released, step, 30000) == coefficients(objective, step, 30000)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_cut_within_levels_changes_the_terms_that_cut_and_nothing_else(name):
+    objective = OBJECTIVES[name]
+    if name not in ("fwm", "fwm_ld", "fwm_hw_ld", "fac"):
+        with pytest.raises(ValueError, match="fwm_hw_ld"):
+            cut_by_level(objective)
+        return
+    record = make_record((4, 3, 5), 2)
+    heads = {term: make_head(8, 5, 3 if term == "ac" else CHANNELS) for term in ("ld", "ac")}
+    values = losses(record, cut_by_level(objective), heads, coefficients(objective, 0, 1))
+    for _, term, naive, options in EXPECTED[name].terms:
+        options = options if term == "hw" else {**options, "by_level": True}
+        expected = naive(record, *([heads[term]] if term in heads else []), **options)
+        torch.testing.assert_close(values[term], expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", HARD_DYNAMICS)

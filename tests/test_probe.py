@@ -295,13 +295,46 @@ def test_episodes_are_perfect_on_clusters_and_at_chance_on_noise():
 
 def test_synthetic_clips_are_held_out_and_tested_on_others():
     encoder = probe.make_encoder(CONFIG)
-    for pooled in (True, False):
-        for factor, pair in probe.synthetic_sets(encoder, 4, 16, 9, pooled).items():
-            for clips, count, seed in zip(pair, (9, 3), (probe.HELD_OUT, probe.HELD_OUT + 1)):
-                source = Shapes(4, 16, seed)
-                expected = naive_features(encoder, source.clips(range(count)), pooled)
-                torch.testing.assert_close(clips.features, expected)
-                assert torch.equal(clips.labels, source.factors(range(count))[factor])
+    for clips, count, seed in zip(probe.synthetic_sets(encoder, 4, 16, 9), (9, 3), (probe.HELD_OUT, probe.HELD_OUT + 1)):
+        source = Shapes(4, 16, seed)
+        with torch.no_grad():
+            levels = torch.cat([encoder(data.normalise(source.clips([item]))) for item in range(count)])
+        torch.testing.assert_close(clips.levels, levels.mean(1, keepdim=True))
+        for factor, labels in source.factors(range(count)).items():
+            for pooled in (True, False):
+                found = clips.last_level(factor, pooled)
+                torch.testing.assert_close(found.features, naive_features(encoder, source.clips(range(count)), pooled))
+                assert torch.equal(found.labels, labels)
+
+
+def test_the_halves_of_the_channels_partition_them_by_depth_and_within_levels():
+    groups = {name: group.tolist() for name, group in probe.channel_groups(4).items()}
+    assert groups == {"appearance by depth": list(range(8)), "dynamics by depth": list(range(8, 16)),
+                      "appearance within levels": [0, 1, 4, 5, 8, 9, 12, 13],
+                      "dynamics within levels": [2, 3, 6, 7, 10, 11, 14, 15]}
+
+
+def test_each_probe_of_the_moving_shapes_sees_the_channels_that_it_names(monkeypatch):
+    """With a head in the place of `accuracy` that tells which channels tell the factor, one half alone knows."""
+    sets = [probe.Generated(torch.zeros(n, 2, 4), torch.zeros(n, 1, 16), {
+        factor: torch.arange(n) % 8 for factor in probe.FACTORS}) for n in (400, 160)]
+    for clips in sets:
+        clips.tokens[:, 0, 1] = clips.factors["speed"].float()
+        clips.levels[:, 0, 2] = clips.factors["speed"].float()  # the first level's third channel
+    monkeypatch.setattr(probe, "synthetic_sets", lambda *arguments: sets)
+    monkeypatch.setattr(probe, "EPISODES", 5)
+    seen = {}
+
+    def informed(recipe, train, test, *rest):
+        assert (recipe.head == "attentive") == (train.features.shape[1] == 2)
+        seen[train.features.shape[1:]] = True
+        return 100.0 * float(train.features.any())
+    monkeypatch.setattr(probe, "accuracy", informed)
+    found = probe.synthetic_results(probe.make_encoder(CONFIG), 4, 16, 400)
+    assert {name: values["speed"] for name, values in found.items() if "shot" not in name} == {
+        "linear": 0.0, "attentive": 100.0, "appearance by depth": 100.0, "dynamics by depth": 0.0,
+        "appearance within levels": 0.0, "dynamics within levels": 100.0}
+    assert set(seen) == {(1, 4), (2, 4), (1, 8)}
 
 
 def test_synthetic_episodes_of_random_weights_know_appearance():
@@ -558,11 +591,13 @@ def test_lists_of_ones_own_leave_out_and_name_what_is_broken(tmp_path, capsys):
 
 
 def test_without_a_benchmark_it_probes_generated_clips(tmp_path, quick_blobs, capsys):
-    flags = ["--checkpoint", make_checkpoint(tmp_path, frames=4, crop=16), "--clips", "64", "--workers", "0"]
+    flags = ["--checkpoint", make_checkpoint(tmp_path, frames=4, crop=16), "--clips", "192", "--workers", "0"]
     assert probe.main([*flags, "--probe-epochs", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[:4]] == ["baseline,", "top-1", "linear", "attentive"]
-    assert all(name in line for line in lines[2:4] for name in ("direction", "speed", "appearance"))
+    table = {line.split("  ")[0]: line.split()[-3:] for line in lines if line.startswith("encoder: ")}
+    halves = [f"{half} {cut}" for cut in ("by depth", "within levels") for half in ("appearance", "dynamics")]
+    assert list(table) == [f"encoder: {name}" for name in ("linear", "attentive", "1-shot", "5-shot", *halves)]
+    assert table["encoder: 1-shot"][1] == "-" and all(float(cell) >= 0 for cell in table["encoder: linear"])
     assert result(tmp_path)["benchmark"] == "blobs"
     assert probe.main([*flags, "--episodes", "20", "--way", "3"]) == 0
     assert "direction, 3-way 1-shot episodes" in capsys.readouterr().out
@@ -781,7 +816,7 @@ def test_the_colours_are_principal_components_of_all_clips_with_a_fixed_sign():
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    ([], "give one of --checkpoint, --weights and --compare"),
+    ([], "give one of --checkpoint, --weights, --compare and --table"),
     (["--checkpoint", "a", "--weights", "b", "--out", "c"], "give one of"),
     (["--checkpoint", "nowhere/last.pt"], "no checkpoint at nowhere/last.pt"),
     (["--weights", "nowhere.pt"], "--weights needs --out"),

@@ -151,7 +151,7 @@ def test_every_objective_runs_and_is_evaluated_on_the_right_encoder(tmp_path, na
     assert checkpoint["evaluated"] == ("target" if OBJECTIVES[name].ema else "encoder")
     assert as_released(OBJECTIVES[name]).evaluated == "target"
     header, *lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
-    terms = ["pred", "ctx", *OBJECTIVES[name].terms, "total"]
+    terms = ["pred", "ctx", *OBJECTIVES[name].terms, "total"] + ["hard_share"] * ("hw" in OBJECTIVES[name].terms)
     rest = ["grad_norm", "lr", "ema", "ctx_weight", "effective_rank", "feature_std"]
     assert header.split(",") == ["step", *terms, *rest]
     assert [line.split(",")[0] for line in lines] == ["0", "1"]
@@ -377,13 +377,19 @@ def test_the_list_names_every_objective_on_a_line_of_its_own(capsys):
 # ------------------------------------------------------------------------------------------- the first command, whole
 
 
-FIRST = ("--objective", "fwm_hw_ld", "--steps", "2", "--probe-clips", "64", "--out", "OUT/run")
+FIRST = ("--objective", "fwm_hw_ld", "--steps", "2", "--probe-clips", "192", "--out", "OUT/run")
 
 
 @pytest.mark.command("train.py", *FIRST)
 def test_the_default_command_ends_with_the_table_and_the_probe_reads_its_checkpoint(finished):
     output, run_folder = finished[0], finished[1] / "run"
-    assert re.search(r"untrained +[\d.]+ +[\d.]+\ntrained +[\d.]+ +[\d.]+\n", output)
+    table = dict(re.findall(r"^(\w+: \w+) +(.*)$", output, re.M))
+    found = json.loads((run_folder / "result.json").read_text())
+    for name, values in table.items():
+        encoder, kind = name.split(": ")
+        assert [float(value) for value in values.split()] == [round(found[encoder][kind][factor], 1)
+                                                              for factor in ("direction", "speed", "appearance")]
+    assert list(table) == ["untrained: linear", "trained: linear", "trained: attentive"]
     assert str(run_folder) in output
     assert json.loads((run_folder / "config.json").read_text())["objective"] == "fwm_hw_ld"
     untrained = probe.make_encoder(probe.load_checkpoint(run_folder / "last.pt")["config"])
@@ -424,11 +430,111 @@ def test_the_benchmark_prints_a_row_for_each_objective(capsys, monkeypatch):
 
 @pytest.mark.parametrize("released", [True, False])
 def test_as_released_without_ema_the_evaluated_encoder_is_the_untrained_one(tmp_path, capsys, released):
-    flags = [*QUICK, "--objective", "kinematic", "--lr", "1e-2", "--steps", "4", "--probe-clips", "64",
+    flags = [*QUICK, "--objective", "kinematic", "--lr", "1e-2", "--steps", "4", "--probe-clips", "192",
              "--out", str(tmp_path / "run")]
     assert train.main(flags + ["--as-released"] * released) == 0
-    untrained, trained = re.findall(r"^(?:un)?trained +(.*)$", capsys.readouterr().out, re.M)
+    untrained, trained = re.findall(r"^(?:un)?trained: linear +(.*)$", capsys.readouterr().out, re.M)
     assert (untrained == trained) == released
+
+
+# -------------------------------------------------------------------------------- one ingredient taken away, a sweep
+
+
+def first_step(*flags):
+    """A model after `build`, its input, and what a forward pass gives."""
+    config, _ = train.parse([*QUICK, *flags])
+    model = train.build(config)
+    clips = torch.randint(256, (4, 3, 8, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    masks = train.draw_masks(clips, torch.Generator().manual_seed(0), (4, 4, 4), model.objective.masking)
+    return model, clips, masks, *model(clips, masks, dict.fromkeys(("pred", "ctx"), 1.0))
+
+
+@pytest.mark.parametrize("ablate", ["stop_gradient", "level_norm", "l1", "predictor"])
+def test_an_ablation_takes_away_what_it_names_and_nothing_else(ablate):
+    whole, clips, masks, losses, h = first_step()
+    model, _, _, without, targets = first_step("--ablate", ablate)
+    torch.testing.assert_close(model.encoder.state_dict(), whole.encoder.state_dict(), rtol=0, atol=0)
+    raw = whole.target(train.data.normalise(clips))
+    torch.testing.assert_close(targets, raw if ablate == "level_norm" else h)
+    assert (without["pred"] != losses["pred"]) == (ablate != "stop_gradient")
+    with_gradient = model.targets(train.data.normalise(clips)).requires_grad
+    assert with_gradient == (ablate == "stop_gradient") and model.objective.ema != with_gradient
+    if ablate == "l1":
+        views = [model.view(train.data.normalise(clips), *mask, (4, 4, 4)) for mask in masks]
+        errors = [torch.stack([view.p[i] - h[i, view.masked[i]] for i in range(4)]) for view in views]
+        torch.testing.assert_close(without["pred"], sum(error.square().mean() for error in errors) / 2)
+    visible, masked = masks[0]
+    z = torch.randn(4, visible.shape[1], 512, requires_grad=True)
+    model.predictor.mask_token.data.normal_()
+    p, c = model.predictor(z, visible, masked, (4, 4, 4))
+    blind = not torch.autograd.grad(p.sum(), z, allow_unused=True, materialize_grads=True)[0].any()
+    assert blind == (ablate == "predictor")
+
+
+@pytest.mark.parametrize("flags, evaluated", [(["--ema", "1"], "encoder"), (["--ema", "0"], "target"),
+                                              (["--ablate", "stop_gradient"], "encoder")])
+def test_a_target_that_never_learns_is_not_the_one_to_evaluate(tmp_path, flags, evaluated):
+    assert train.main([*QUICK, "--steps", "2", *flags, "--out", str(tmp_path / "run")]) == 0
+    checkpoint = probe.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert checkpoint["evaluated"] == evaluated
+    equal = all(torch.equal(checkpoint["target"][name], p) for name, p in checkpoint["encoder"].items())
+    assert equal == (flags == ["--ema", "0"])
+
+
+SWEEP = [*QUICK, "--objective", "baseline,kinematic", "--seeds", "0,1", "--steps", "3", "--probe-clips", "192"]
+
+
+@pytest.mark.command("train.py", *SWEEP, "--out", "OUT/study")
+def test_a_sweep_makes_every_run_once_and_each_as_it_would_be_alone(finished, monkeypatch, capsys):
+    folder = finished[1] / "study"
+    names = {f"{name}-seed{seed}" for name in ("baseline", "kinematic") for seed in (0, 1)}
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == names
+    alone = [*QUICK, "--objective", "kinematic", "--seed", "1", "--steps", "3", "--probe-clips", "192"]
+    assert train.main([*alone, "--out", str(finished[1] / "alone")]) == 0
+    for file in ("metrics.csv", "result.json"):
+        one, other = ((each / file).read_text() for each in (finished[1] / "alone", folder / "kinematic-seed1"))
+        assert one.replace(str(finished[1] / "alone"), str(folder / "kinematic-seed1")) == other
+    # What is finished stays, what was lost is made again, the same.
+    kept = (folder / "baseline-seed0" / "result.json").stat().st_mtime_ns
+    lost = folder / "kinematic-seed1" / "result.json"
+    before = lost.read_bytes()
+    lost.unlink()
+    assert train.main([*SWEEP, "--out", str(folder)]) == 0
+    assert lost.read_bytes() == before
+    assert (folder / "baseline-seed0" / "result.json").stat().st_mtime_ns == kept
+    # Other settings are refused.
+    capsys.readouterr()
+    assert train.main([*SWEEP, "--out", str(folder), "--lr", "1"]) == 1
+    assert "holds a different run" in capsys.readouterr().err
+    # The table has these rows.
+    assert probe.main(["--table", str(folder)]) == 0
+    rows = re.findall(r"^\| (\w+) \|", capsys.readouterr().out, re.M)
+    assert rows == ["untrained", "baseline", "kinematic", "kinematic", "baseline", "kinematic"]
+
+
+def test_a_sweep_names_the_run_that_failed_and_finishes_the_others(tmp_path, capfd):
+    """hamiltonian meets a folder that is not its own."""
+    (tmp_path / "study" / "hamiltonian-seed0").mkdir(parents=True)
+    (tmp_path / "study" / "hamiltonian-seed0" / "notes.txt").write_text("mine")
+    flags = [*QUICK, "--objective", "baseline,hamiltonian", "--seeds", "0", "--steps", "1"]
+    assert train.main([*flags, "--out", str(tmp_path / "study")]) == 1
+    output, errors = capfd.readouterr()
+    assert "1 of 2 runs finished" in output
+    assert "hamiltonian-seed0 holds something that is not a run" in errors
+    assert (tmp_path / "study" / "baseline-seed0" / "result.json").exists()
+
+
+def test_a_signal_ends_a_sweep_and_its_runs_and_it_goes_on(tmp_path):
+    """A run of 2,000 steps cannot have ended by itself within the time that this test waits."""
+    flags = [*QUICK, "--objective", "baseline", "--seeds", "0", "--steps", "2000", "--out", str(tmp_path / "study")]
+    process = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True)
+    wait_for_line(tmp_path / "study" / "baseline-seed0" / "metrics.csv", 3)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "goes on from there" in output
+    assert not (tmp_path / "study" / "baseline-seed0" / "result.json").exists()
+    assert probe.load_checkpoint(tmp_path / "study" / "baseline-seed0" / "last.pt")["step"] > 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
