@@ -171,7 +171,8 @@ def open_sources(flags, frames, crop):
     if flags.benchmark in (None, "blobs"):
         if frames > Blobs.FRAMES:
             raise ValueError(f"blobs have {Blobs.FRAMES} frames, {frames} are too many; choose fewer --frames")
-        return "blobs", *[data.BlobVideos(HELD_OUT + i, frames, crop, count=count) for i, count in enumerate((160, 40))]
+        return "blobs", *[data.BlobVideos(HELD_OUT + i, frames, crop, count=count)
+                          for i, count in enumerate(flags.blob_clips)]
     return flags.benchmark, *[data.open_dataset(flags.benchmark, flags.root, split, frames, crop)
                               for split in ("train", "test")]
 
@@ -675,25 +676,23 @@ def difference_cell(seeds, baseline, column):
 
 
 def ranks(values):
-    """1 for the smallest of values [n] to n for the largest; equal ones share the mean of their ranks."""
-    smaller = (values.unsqueeze(0) < values.unsqueeze(1)).sum(1)
-    equal = (values.unsqueeze(0) == values.unsqueeze(1)).sum(1)
+    """1 for the smallest of values [..., n] to n for the largest; equal ones share the mean of their ranks."""
+    smaller = (values.unsqueeze(-2) < values.unsqueeze(-1)).sum(-1)
+    equal = (values.unsqueeze(-2) == values.unsqueeze(-1)).sum(-1)
     return smaller + (equal + 1) / 2
 
 
 def rank_correlation(first, second):
-    """Spearman's: the correlation of the ranks of first [n] and second [n]."""
-    return torch.corrcoef(torch.stack((ranks(first), ranks(second))))[0, 1].item()
+    """Spearman's, the correlation of the ranks: first, second [..., n] -> [...]."""
+    first, second = (rank - rank.mean(-1, keepdim=True) for rank in (ranks(first), ranks(second)))
+    return (first * second).sum(-1) / (first.norm(dim=-1) * second.norm(dim=-1))
 
 
 def bootstrap(first, second, draws=10_000, seed=0):
     """The 95 % interval of `rank_correlation`, from drawing the n pairs anew with replacement."""
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for picked in torch.randint(len(first), (draws, len(first)), generator=generator):
-        found.append(rank_correlation(first[picked], second[picked]))
-    found = torch.tensor(found)
-    return found[found.isfinite()].quantile(torch.tensor([0.025, 0.975])).tolist()
+    picked = torch.randint(len(first), (draws, len(first)), generator=torch.Generator().manual_seed(seed))
+    found = rank_correlation(first[picked], second[picked])
+    return found[found.isfinite()].quantile(torch.tensor([0.025, 0.975], dtype=found.dtype)).tolist()
 
 
 def markdown(columns, rows):
@@ -851,6 +850,8 @@ def parse(arguments):
     parser.add_argument("--way", type=at_least_one, default=5, help="classes of an episode")
     parser.add_argument("--pictures", action="store_true", help="of masks and features")
     parser.add_argument("--clips", type=at_least_one, default=3072, help="moving-shape clips to train a probe on")
+    parser.add_argument("--blob-clips", type=whole_numbers, metavar="TRAIN,TEST", default=(160, 40),
+                        help="of the blobs benchmark; 160,40 as in the study")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read videos")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two results, results-*.json")
     parser.add_argument("--table", metavar="DIR", help="the folder of a sweep, `train.py --seeds`")
@@ -862,6 +863,7 @@ def parse(arguments):
         "--weights needs --out DIR, a folder for features and results": flags.weights and not flags.out,
         "--train-list and --test-list go together": own and not (flags.train_list and flags.test_list),
         "--benchmark and lists of one's own ask for different clips; give one": own and flags.benchmark,
+        "--blob-clips takes two numbers, as 160,40": len(flags.blob_clips) != 2,
         "--shots needs --benchmark, or --train-list and --test-list": flags.shots and not (flags.benchmark or own),
         f"--benchmark {flags.benchmark} needs --root DIR; `python data.py --check DIR` says what belongs in there":
             flags.benchmark not in (None, "blobs") and not flags.root,

@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -741,6 +742,87 @@ def test_foreign_weights_are_evaluated_like_a_checkpoint(tmp_path, quick_blobs, 
     torch.testing.assert_close(torch.tensor(features).float(), expected, rtol=2e-3, atol=2e-3)
 
 
+# --------------------------------------------------------------------------------------------------- a sweep's table
+
+
+def write_sweep(folder, direction, appearance):
+    """result.json of runs as train.py writes them. direction, appearance: {objective: a value per seed}; 3 decimals."""
+    for name, values in direction.items():
+        for seed, (first, second) in enumerate(zip(values, appearance[name])):
+            found = {"linear": {"direction": first, "speed": 25.0, "appearance": second}}
+            probe_run = folder / f"{name}-seed{seed}"
+            probe_run.mkdir(parents=True)
+            (probe_run / "result.json").write_text(json.dumps({
+                "config": {"seed": seed}, "last": {"effective_rank": "7.5", "feature_std": "0.125"},
+                "trained": found, "untrained": {"linear": {"direction": 10.0, "speed": 25.0, "appearance": 20.0}}}))
+
+
+def table_of(text, number):
+    """The cells of one of the printed Markdown tables by row and column."""
+    blocks = re.findall(r"((?:^\|.*\n)+)", text, re.M)
+    header, _, *lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in blocks[number].splitlines()]
+    return {line[0]: dict(zip(header[1:], line[1:])) for line in lines}
+
+
+def test_the_table_holds_means_deviations_and_paired_differences(tmp_path, capsys):
+    """baseline, ld far above it in every seed, hw above on average alone; Student's t for 2 degrees of freedom: 4.3027."""
+    direction = {"ld": [60.0, 62.0, 64.0], "baseline": [50.0, 51.0, 55.0], "hw": [49.0, 60.0, 56.0]}
+    write_sweep(tmp_path, direction, {name: [70.0, 70.0, 71.0] for name in direction})
+    assert probe.main(["--table", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    values, differences = table_of(text, 0), table_of(text, 1)
+    assert list(values) == ["untrained", "baseline", "hw", "ld"] and list(differences) == ["hw", "ld"]
+    for name, numbers in direction.items():
+        mean = sum(numbers) / 3
+        deviation = math.sqrt(sum((number - mean) ** 2 for number in numbers) / 2)
+        assert values[name]["direction, linear"] == f"{mean:.1f} ± {deviation:.1f}"
+        assert (values[name]["effective rank"], values[name]["feature std"]) == ("7.5 ± 0.0", "0.125 ± 0.000")
+        if name != "baseline":
+            paired = [number - reference for number, reference in zip(numbers, direction["baseline"])]
+            mean = sum(paired) / 3
+            half = 4.3027 * math.sqrt(sum((number - mean) ** 2 for number in paired) / 2 / 3)
+            cell = f"{mean:+.1f} ± {half:.1f}"
+            assert differences[name]["direction, linear"] == (cell if name == "ld" else f"({cell})")
+    assert values["untrained"]["direction, linear"] == "10.0 ± 0.0" and values["ld"]["speed, attentive"] == "-"
+    assert values["untrained"]["effective rank"] == "-"
+
+
+def naive_rank_correlation(first, second):
+    """1 - 6 sum d^2 / (n (n^2 - 1)), for values that are all different."""
+    places = [{value: place for place, value in enumerate(sorted(values))} for values in (first, second)]
+    squares = sum((places[0][a] - places[1][b]) ** 2 for a, b in zip(first, second))
+    return 1 - 6 * squares / (len(first) * (len(first) ** 2 - 1))
+
+
+def test_the_trade_off_is_spearmans_and_its_interval_covers_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 27, generator=generator, dtype=torch.float64)
+    expected = naive_rank_correlation(first.tolist(), second.tolist())
+    assert probe.rank_correlation(first, second).item() == pytest.approx(expected)
+    assert probe.rank_correlation(first, first.exp()).item() == pytest.approx(1)
+    assert probe.rank_correlation(first, -first ** 3).item() == pytest.approx(-1)
+    # Ties share the mean of their ranks: the 2s hold places 2 and 3, the 5s 4 to 6.
+    assert probe.ranks(torch.tensor([5, 2, 1, 2, 5, 5])).tolist() == [5, 2.5, 1, 2.5, 5, 5]
+    low, high = probe.bootstrap(first, second)
+    assert low < expected < high and (low, high) == tuple(probe.bootstrap(first, second))
+    covered = 0
+    for _ in range(100):  # independent: the truth is 0
+        low, high = probe.bootstrap(*torch.randn(2, 27, generator=generator), draws=200)
+        covered += low <= 0 <= high
+    assert 85 <= covered <= 99
+
+
+def test_the_trade_off_counts_the_named_objectives_alone(tmp_path, capsys):
+    names = ["baseline", "hw", "ld", "delta", "fwm", "ac", "ltc"]
+    direction = {name: [50.0 + 3 * i, 51.0 + 3 * i] for i, name in enumerate(names)}
+    appearance = {name: [70.0 - i ** 2, 71.0 - i ** 2] for i, name in enumerate(names)}
+    write_sweep(tmp_path, {**direction, "ld-as-released": [99.0, 99.0]}, {**appearance, "ld-as-released": [99.0, 99.0]})
+    assert probe.main(["--table", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"over 6 objectives .*: -1.00, 95 % interval \[-1.00, -1.00\]", text)
+    assert list(table_of(text, 0))[-1] == "ld-as-released"
+
+
 # -------------------------------------------------------------------------------------------------------- pictures
 
 
@@ -834,7 +916,9 @@ def test_the_colours_are_principal_components_of_all_clips_with_a_fixed_sign():
     (["--checkpoint", "CHECKPOINT", "--benchmark", "blobs", "--frames", "34"], "34 are too many"),
     (["--checkpoint", "CHECKPOINT", "--benchmark", "blobs", "--crop", "30"], "does not divide into 8x8 patches"),
     (["--checkpoint", "CHECKPOINT", "--probe-epoch", "3"], "--probe-epoch"),
+    (["--checkpoint", "CHECKPOINT", "--benchmark", "blobs", "--blob-clips", "160"], "two numbers"),
     (["--compare", "a.json", "b.json"], "a.json is no result"),
+    (["--table", "nowhere"], "nowhere holds no finished run"),
 ])
 def test_bad_input_gives_one_sentence_and_writes_no_result(tmp_path, monkeypatch, capsys, flags, sentence):
     checkpoint = make_checkpoint(tmp_path / "run")
