@@ -686,16 +686,18 @@ def check(root, workers):
     print(f"Train with: python train.py {command}")
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description="Check the datasets in a folder.", allow_abbrev=False)
     parser.add_argument("--check", metavar="DIR", required=True, help="the folder that holds the datasets")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read (%(default)s)")
-    arguments = parser.parse_args()
+    flags = parser.parse_args(arguments)
     try:
-        check(arguments.check, arguments.workers)
+        check(flags.check, flags.workers)
     except (OSError, ValueError) as error:
-        sys.exit(f"data.py: {error}")
+        print(f"data.py: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

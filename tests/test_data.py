@@ -711,9 +711,8 @@ def test_the_mixed_regime_runs_over_a_broken_file(copy):
 # ---------------------------------------------------------------------------------------------- python data.py --check
 
 
-def test_check_as_a_user_runs_it(miniature, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["data.py", "--check", str(miniature), "--workers", "1"])
-    data.main()
+def test_check_as_a_user_runs_it(miniature, capsys):
+    assert data.main(["--check", str(miniature), "--workers", "1"]) == 0
     output, errors = capsys.readouterr()
     for line in ("UCF-101, split 1: 3 classes",
                  "  train: 6 of 9,537 published clips", "  test: 3 of 3,783 published clips",
@@ -726,12 +725,10 @@ def test_check_as_a_user_runs_it(miniature, monkeypatch, capsys):
     assert "file/s" in errors and "Traceback" not in errors
 
 
-def test_check_of_a_folder_that_is_not_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["data.py", "--check", str(tmp_path / "missing")])
-    with pytest.raises(SystemExit) as error:
-        data.main()
-    message = error.value.code  # a text is printed to stderr, with exit status 1
-    assert message.startswith(f"data.py: {tmp_path}/missing is no folder") and "\n" not in message
+def test_check_of_a_folder_that_is_not_there(tmp_path, capsys):
+    assert data.main(["--check", str(tmp_path / "missing")]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"data.py: {tmp_path}/missing is no folder") and message.count("\n") == 1
 
 
 def test_check_names_what_cannot_be_read(copy, capsys):

@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import objectives
 import probe
 import synthetic
 import train
@@ -552,3 +553,37 @@ def test_on_a_gpu_no_step_waits_for_the_device_and_attention_is_flash(name):
             trainer.step(1, clips, masks)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+# ------------------------------------------------------------------------------------------------ what the README says
+
+
+def test_the_readmes_walk_through_quotes_lines_that_are_there():
+    table = (ROOT / "README.md").read_text().split("## One training step")[1].split("## ")[0]
+    rows = re.findall(r"^\| [^|]+ \| `([^|]+)` \| `(\w+\.py)`, `([\w.]+)` \|", table, re.M)
+    assert len(rows) == 14
+    for line, file, place in rows:
+        source = (ROOT / file).read_text()
+        for name in place.split("."):
+            source = re.split(rf"^ *(?:def|class) {name}\b", source, maxsplit=1, flags=re.M)[1]
+        source = re.split(r"^(?:def|class) ", source, maxsplit=1, flags=re.M)[0]
+        assert line in source, (line, place)
+
+
+def test_objective_29_as_the_readme_adds_it(tmp_path, monkeypatch):
+    """Its lines, word for word, in a file of its own; the command's flags follow."""
+    code = re.search(r"## Objective 29.*?```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    lines = [line for line in code.splitlines() if line and "import" not in line]
+    assert len(lines) <= 10
+    monkeypatch.chdir(tmp_path)
+    for module, table in ((train, "OBJECTIVES"), (objectives, "OBJECTIVES"), (objectives, "TERMS")):
+        monkeypatch.setattr(module, table, dict(getattr(module, table)))  # what is added goes with the copy
+    monkeypatch.setattr(train, "OBJECTIVES", objectives.OBJECTIVES)
+    run = train.main
+    monkeypatch.setattr(train, "main", lambda flags: run([*flags, *QUICK, "--steps", "2", "--out", "run"]))
+    exec(code, {})
+    header, *lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    rows = [dict(zip(header.split(","), map(float, line.split(",")))) for line in lines]
+    assert len(rows) == 2 and all(row["smooth"] > 0 for row in rows)
+    for row in rows:
+        assert row["total"] == pytest.approx(row["pred"] + row["ctx_weight"] * row["ctx"] + 0.1 * row["smooth"], rel=1e-5)
