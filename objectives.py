@@ -264,19 +264,24 @@ def hard_weights(error, temperature=1.0):
     return error.shape[1] * torch.softmax(error.detach() / temperature, dim=1)
 
 
+def masked_errors(record):
+    """e = |p - h[masked]| for each view: a list of [B, k]."""
+    return [(view.p - take(record.h, view.masked)).abs().mean(-1) for view in record.views]
+
+
 def hw(record, temperature=1.0):
     """Hard-region weighting: mean(w e), e = |p - h[masked]|, w = k softmax(e / temperature) over the clip's k tokens.
 
     No gradient runs through w. With e of order 1 and temperature 1 the weights stay close to uniform.
     """
-    errors = [(view.p - take(record.h, view.masked)).abs().mean(-1) for view in record.views]  # (B, k) each
+    errors = masked_errors(record)
     return sum((hard_weights(error, temperature) * error).mean() for error in errors) / len(errors)
 
 
 @torch.no_grad()
-def hard_share(record):
+def hard_share(record, temperature=1.0):
     """How uniform the weights of `hw` are: effective sample size over k, (sum w)^2 / (k sum w^2). 1: all the same."""
-    weights = [hard_weights((view.p - take(record.h, view.masked)).abs().mean(-1)) for view in record.views]
+    weights = [hard_weights(error, temperature) for error in masked_errors(record)]
     return sum((weight.mean(1).square() / weight.square().mean(1)).mean() for weight in weights) / len(weights)
 
 
@@ -511,7 +516,8 @@ def as_released(objective):
 
 def cut_by_level(objective):
     """The same objective with appearance and dynamics cut within every level instead of by depth."""
-    cut = [name for name, term in objective.terms.items() if name[:3] == "fwm" or term.options.get("dynamics_only")]
+    cut = [name for name, term in objective.terms.items()
+           if name in ("fwm_static", "fwm_orth") or term.options.get("dynamics_only")]
     if not cut:
         raise ValueError("--fwm-split level needs an objective with fwm terms: fwm, fwm_ld, fwm_hw_ld or fac")
     terms = {name: replace(term, options={**term.options, "by_level": True}) if name in cut else term
@@ -610,5 +616,5 @@ def losses(record, objective, heads, weights):
         values[name] = TERMS[name](record, *head, **term.options)
     values["total"] = sum(weights[name] * value for name, value in values.items())
     if "hw" in objective.terms:
-        values["hard_share"] = hard_share(record)
+        values["hard_share"] = hard_share(record, **objective.terms["hw"].options)
     return values

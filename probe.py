@@ -13,6 +13,7 @@ An encoder is evaluated on its last level alone (D of its 4D channels), as the s
 the checkpoint's folder. `--weights FILE --out DIR` takes V-JEPA 2.1 weights in the place of a checkpoint.
 """
 import argparse
+import functools
 import hashlib
 import io
 import json
@@ -131,7 +132,9 @@ def open_subject(flags):
         checkpoint = load_checkpoint(flags.checkpoint)
         config = checkpoint["config"]
         encoder = make_encoder(config, checkpoint[checkpoint["evaluated"]])
-        about = (f"{config['objective']}{' as released' if config['as_released'] else ''}, "
+        changed = [f" without {config['ablate']}"] if config.get("ablate") else []
+        changed += [" as released"] * config["as_released"] + [" cut by level"] * (config.get("fwm_split") == "level")
+        about = (f"{config['objective']}{''.join(changed)}, "
                  f"{checkpoint['evaluated']} encoder at step {checkpoint['step']}")
     if flags.untrained:
         encoder, about = make_encoder(config), f"untrained encoder of {flags.weights or flags.checkpoint}"
@@ -379,14 +382,18 @@ def accuracy(recipe, train, test, seed, device, progress=""):
 # -------------------------------------------------------------------------------------------- few labels, and results
 
 
-def interval(values):
-    """Half the width of the 95 % confidence interval of the mean of values [n], n >= 2: t s / sqrt(n), Student's t."""
-    freedom = len(values) - 1
+@functools.cache
+def student_t(freedom):
+    """The 97.5 % quantile of Student's t."""
     # With t = sqrt(freedom) tan(angle) the density of t becomes cos(angle)^(freedom - 1), which is easily summed.
     angle = torch.linspace(0, math.pi / 2, 1_000_001, dtype=torch.float64)[:-1]
     share = (angle.cos() ** (freedom - 1)).cumsum(0)
-    t = math.sqrt(freedom) * math.tan(angle[torch.searchsorted(share, 0.95 * share[-1])])
-    return t * values.std().item() / math.sqrt(len(values))
+    return math.sqrt(freedom) * math.tan(angle[torch.searchsorted(share, 0.95 * share[-1])])
+
+
+def interval(values):
+    """Half the width of the 95 % confidence interval of the mean of values [n], n >= 2: t s / sqrt(n), Student's t."""
+    return student_t(len(values) - 1) * values.std().item() / math.sqrt(len(values))
 
 
 def measurement(values, train, test, **how):
@@ -548,28 +555,28 @@ FACTORS = {"direction": DIRECTIONS, "speed": len(SPEEDS), "appearance": len(APPE
 
 class Generated(NamedTuple):
     """Moving-shape clips as an encoder sees them."""
-    tokens: torch.Tensor  # [n, N, D] of the last level
+    tokens: torch.Tensor  # [n, N, D] of the last level; None where nobody asked for them
     levels: torch.Tensor  # [n, 1, 4D], the mean over tokens of all four levels
-    factors: dict  # labels [n] by factor
+    factors: dict  # labels [n] by factor, on the CPU
 
-    def last_level(self, factor, pooled):
-        """What the study evaluates: the last level, labelled by a factor."""
-        width = self.tokens.shape[-1]
-        return Labelled(self.levels[..., -width:] if pooled else self.tokens, self.factors[factor])
+    def pooled(self, factor):
+        """The mean of the last level, which is what the study evaluates, labelled by a factor."""
+        return Labelled(self.levels[..., -(self.levels.shape[-1] // LEVELS):], self.factors[factor])
 
 
-@torch.no_grad()
-def synthetic_sets(encoder, frames, crop, count):
+def synthetic_sets(encoder, frames, crop, count, keep_tokens=False):
     """Held-out moving-shape clips: (`count` to train a head on, a third as many to test it on)."""
-    sets = []
+    sets, width = [], encoder.video.shape[-1]
     for number, seed in ((count, HELD_OUT), (max(1, count // 3), HELD_OUT + 1)):
         source = Shapes(frames, crop, seed, encoder.video.device)
         tokens, levels = [], []
         for items in torch.arange(number).split(64):
             features = all_levels(encoder, source.clips(items))  # (64, N, 4D)
-            tokens.append(features[..., -encoder.video.shape[-1]:].clone())  # without holding on to all of them
             levels.append(features.mean(1, keepdim=True))
-        sets.append(Generated(torch.cat(tokens), torch.cat(levels), source.factors(torch.arange(number))))
+            if keep_tokens:
+                tokens.append(features[..., -width:].clone())  # a copy, since a slice would keep all levels alive
+        factors = {name: labels.cpu() for name, labels in source.factors(torch.arange(number)).items()}
+        sets.append(Generated(torch.cat(tokens) if keep_tokens else None, torch.cat(levels), factors))
     return sets
 
 
@@ -588,22 +595,25 @@ def synthetic_results(encoder, frames, crop, count, seed=0, attentive=True, chan
     "linear" and "attentive" heads on the last level; "1-shot" and "5-shot": 600 episodes of 5 classes on its mean over
     tokens; and linear heads on each half of all four levels' channels, for both ways to cut them (`channel_groups`).
     """
-    train, test = synthetic_sets(encoder, frames, crop, count)
+    train, test = synthetic_sets(encoder, frames, crop, count, keep_tokens=attentive)
     device, found = encoder.video.device, {}
 
     def measure(name, recipe, select):
+        """select(clips, factor) -> Labelled."""
         found[name] = {factor: accuracy(recipe, select(train, factor), select(test, factor), seed, device,
-                                        progress and f"{name}, {factor}") for factor in FACTORS}
-    measure("linear", SYNTHETIC["linear"], lambda clips, factor: clips.last_level(factor, pooled=True))
+                                        f"{name}, {factor}" if progress else "") for factor in FACTORS}
+    measure("linear", SYNTHETIC["linear"], Generated.pooled)
     if attentive:
-        measure("attentive", SYNTHETIC["attentive"], lambda clips, factor: clips.last_level(factor, pooled=False))
+        measure("attentive", SYNTHETIC["attentive"],
+                lambda clips, factor: Labelled(clips.tokens, clips.factors[factor]))
     for shot in (1, 5):
         found[f"{shot}-shot"] = {
-            factor: episode_accuracies(*(clips.last_level(factor, pooled=True) for clips in (train, test)), 5, shot,
-                                       EPISODES, seed).mean().item() for factor in ("direction", "appearance")}
-    for name, group in channel_groups(train.tokens.shape[-1]).items() if channels else ():
-        measure(name, SYNTHETIC["linear"],
-                lambda clips, factor: Labelled(clips.levels[..., group.to(device)], clips.factors[factor]))
+            factor: episode_accuracies(train.pooled(factor), test.pooled(factor), 5, shot, EPISODES, seed).mean().item()
+            for factor in ("direction", "appearance")}
+    if channels:
+        for name, group in channel_groups(encoder.video.shape[-1]).items():
+            measure(name, SYNTHETIC["linear"],
+                    lambda clips, factor: Labelled(clips.levels[..., group.to(device)], clips.factors[factor]))
     return found
 
 
@@ -617,59 +627,72 @@ def show_synthetic(rows):
     print(f"{'chance (5-way shots: 20)':<42}" + "".join(f"{100 / classes:12.1f}" for classes in FACTORS.values()))
 
 
-def synthetic_episodes(encoder, frames, crop, count=3072, way=5, episodes=600, seed=0):
+def synthetic_episodes(encoder, frames, crop, count=3072, way=5, episodes=EPISODES, seed=0):
     """Episodes of the direction and of the appearance: {"direction, 5-way 1-shot episodes": measurement, ...}."""
-    sets = synthetic_sets(encoder, frames, crop, count)
+    train, test = synthetic_sets(encoder, frames, crop, count)
     return {f"{factor}, {name}": found for factor in ("direction", "appearance") for name, found in
-            episode_measurements(*(clips.last_level(factor, pooled=True) for clips in sets), way, episodes,
-                                 seed).items()}
+            episode_measurements(train.pooled(factor), test.pooled(factor), way, episodes, seed).items()}
 
 
 # --------------------------------------------------------------------------------------------------- a sweep's table
 
 COLUMNS = [("linear", factor) for factor in FACTORS] + [("attentive", factor) for factor in FACTORS] + [
     (f"{shot}-shot", factor) for factor in ("direction", "appearance") for shot in (1, 5)]
-HALVES = [f"{half} {cut}" for cut in ("by depth", "within levels") for half in ("appearance", "dynamics")]
+HALVES = [(half, factor) for half in channel_groups(1) for factor in FACTORS]
+# What may differ between the runs of a sweep: it is in their names, or changes no number.
+OWN_SETTINGS = ("objective", "seed", "as_released", "fwm_split", "ablate", "ema", "out", "device", "compile", "workers")
 
 
 def read_sweep(folder):
-    """The finished runs of a sweep: {name: {seed: values}}, in the order of `OBJECTIVES`, any other name after them.
+    """The finished runs of a sweep: {name: {seed: numbers}}, in the order of `OBJECTIVES`, any other name after them.
 
-    values: numbers by (measurement, factor), and by "effective rank" and "feature std" at the end of training.
-    "untrained" is what the runs of a seed began with. Raises ValueError where there is no run.
+    numbers: by (measurement, factor), and "effective rank" and "feature std" at the end of training. The name
+    "untrained" stands for what the runs of a seed began with. Raises ValueError where there is no run with
+    measurements, or runs have other settings than the rest.
     """
-    table = {}
+    table, common = {}, None
     for path in sorted(Path(folder).glob("*-seed*/result.json")):
         result = read_json(path)
         if "trained" not in result:
             continue
-        for name, key in ((path.parent.name.rpartition("-seed")[0], "trained"), ("untrained", "untrained")):
-            values = {(kind, factor): value for kind, found in result[key].items() for factor, value in found.items()}
-            if key == "trained":
-                values |= {name: float(result["last"][name.replace(" ", "_")]) for name in ("effective rank", "feature std")}
-            table.setdefault(name, {})[result["config"]["seed"]] = values
+        settings = {key: value for key, value in result["config"].items() if key not in OWN_SETTINGS}
+        common = settings if common is None else common
+        different = [key for key in {**settings, **common} if settings.get(key) != common.get(key)]
+        if different:
+            raise ValueError(f"{path.parent} has other settings than the rest of {folder}: {', '.join(different)}")
+        for name, part in ((path.parent.name.rpartition("-seed")[0], "trained"), ("untrained", "untrained")):
+            numbers = {(kind, factor): number for kind, found in result[part].items()
+                       for factor, number in found.items()}
+            if part == "trained":
+                numbers["effective rank"] = float(result["last"]["effective_rank"])
+                numbers["feature std"] = float(result["last"]["feature_std"])
+            table.setdefault(name, {})[result["config"]["seed"]] = numbers
     if not table:
-        raise ValueError(f"{folder} holds no finished run; `python train.py --objective all --seeds 0,1,2 --out {folder}` "
-                         "makes them")
+        raise ValueError(f"{folder} holds no finished run with measurements; `python train.py --objective all --seeds "
+                         f"0,1,2 --out {folder}` makes them")
     order = ["untrained", *OBJECTIVES]
     return dict(sorted(table.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
 
-def mean_cell(seeds, column, digits=1):
-    """Mean +- standard deviation over seeds of one column; "-" where it was not measured."""
-    values = torch.tensor([values[column] for values in seeds.values() if column in values])
+def mean_cell(runs, column, digits=1):
+    """Mean +- standard deviation over runs, {seed: numbers}, of one column; "-" where it was not measured."""
+    values = torch.tensor([numbers[column] for numbers in runs.values() if column in numbers])
     if not len(values):
         return "-"
     return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
 
 
-def difference_cell(seeds, baseline, column):
-    """Mean difference to the baseline, seed by seed, +- half its 95 % interval; in brackets where that holds zero."""
-    pairs = [(values[column], baseline[seed][column]) for seed, values in seeds.items()
-             if column in values and column in baseline.get(seed, {})]
-    if len(pairs) < 2:
+def paired_differences(runs, baseline, column):
+    """What each run has more than the baseline of the same seed: [n], over the seeds that both have."""
+    return torch.tensor([numbers[column] - baseline[seed][column] for seed, numbers in runs.items()
+                         if column in numbers and column in baseline.get(seed, {})])
+
+
+def difference_cell(runs, baseline, column):
+    """Mean paired difference +- half its 95 % interval; in brackets where that holds zero."""
+    difference = paired_differences(runs, baseline, column)
+    if len(difference) < 2:
         return "-"
-    difference = torch.tensor([value - reference for value, reference in pairs])
     mean, half = difference.mean().item(), interval(difference)
     cell = f"{mean:+.1f} ± {half:.1f}"
     return cell if abs(mean) > half else f"({cell})"
@@ -692,7 +715,7 @@ def bootstrap(first, second, draws=10_000, seed=0):
     """The 95 % interval of `rank_correlation`, from drawing the n pairs anew with replacement."""
     picked = torch.randint(len(first), (draws, len(first)), generator=torch.Generator().manual_seed(seed))
     found = rank_correlation(first[picked], second[picked])
-    return found[found.isfinite()].quantile(torch.tensor([0.025, 0.975], dtype=found.dtype)).tolist()
+    return found.nanquantile(torch.tensor([0.025, 0.975], dtype=found.dtype)).tolist()
 
 
 def markdown(columns, rows):
@@ -707,31 +730,32 @@ def print_table(folder):
     over objectives the rank correlation of the change in motion direction with the change in appearance."""
     table = read_sweep(folder)
     columns = [f"{factor}, {kind}" for kind, factor in COLUMNS]
-    several = {name: seeds for name, seeds in table.items() if name not in ("untrained", "baseline")}
-    print(f"Top-1 %, mean ± standard deviation over {max(map(len, table.values()))} seeds\n")
-    markdown(columns + ["effective rank", "feature std"], {name: [
-        *(mean_cell(seeds, column) for column in (*COLUMNS, "effective rank")), mean_cell(seeds, "feature std", 3)]
-        for name, seeds in table.items()})
-    if "baseline" in table and several:
-        print("\nDifference to the baseline in points, paired by seed, with 95 % intervals (Student's t). In brackets: not "
-              "shown,\nsince the interval holds zero\n")
-        markdown(columns + ["effective rank"], {name: [
-            difference_cell(seeds, table["baseline"], column) for column in (*COLUMNS, "effective rank")]
-            for name, seeds in several.items()})
-    print("\nLinear heads on one half of the channels of all four levels\n")
-    markdown([f"{factor}, {half}" for half in HALVES for factor in FACTORS], {name: [
-        mean_cell(seeds, (half, factor)) for half in HALVES for factor in FACTORS] for name, seeds in table.items()
-        if name != "untrained"})
-    changed = [name for name in several if name in OBJECTIVES]
-    if "baseline" in table and len(changed) > 3:
-        direction, appearance = (torch.tensor([
-            np.mean([values["linear", factor] for values in table[name].values()])
-            - np.mean([values["linear", factor] for values in table["baseline"].values()]) for name in changed])
-            for factor in ("direction", "appearance"))
-        low, high = bootstrap(direction, appearance)
-        print(f"\nRank correlation over {len(changed)} objectives of the change in direction with the change in appearance "
-              f"(linear): {rank_correlation(direction, appearance):+.2f}, 95 % interval [{low:+.2f}, {high:+.2f}] "
-              "(bootstrap over objectives)")
+    print("Top-1 %, mean ± standard deviation over seeds\n")
+    markdown([*columns, "effective rank", "feature std", "seeds"], {name: [
+        *(mean_cell(runs, column) for column in (*COLUMNS, "effective rank")), mean_cell(runs, "feature std", 3),
+        str(len(runs))] for name, runs in table.items()})
+    print("\nLinear heads on one half of the channels of all four levels, top-1 %\n")
+    markdown([f"{factor}, {half}" for half, factor in HALVES], {
+        name: [mean_cell(runs, column) for column in HALVES] for name, runs in table.items() if name != "untrained"})
+    others = {name: runs for name, runs in table.items() if name not in ("untrained", "baseline")}
+    if "baseline" not in table or not others:
+        return
+    baseline = table["baseline"]
+    print("\nDifference to the baseline in points, paired by seed, with 95 % intervals (Student's t over seeds; two "
+          "seeds at least).\nIn brackets: not shown, since the interval holds zero. Of 20 differences that do not "
+          "exist, one stands without brackets\n")
+    markdown([*columns, "effective rank (not in points)"], {
+        name: [difference_cell(runs, baseline, column) for column in (*COLUMNS, "effective rank")]
+        for name, runs in others.items()})
+    changes = [[paired_differences(runs, baseline, ("linear", factor)).mean() for factor in ("direction", "appearance")]
+               for name, runs in others.items() if name in OBJECTIVES]
+    changes = torch.tensor(changes).T  # (2, objectives)
+    if len(others) < 4 or not changes.isfinite().all():
+        return
+    low, high = bootstrap(*changes)
+    print(f"\nRank correlation over {changes.shape[1]} objectives of the change in direction with the change in "
+          f"appearance (linear): {rank_correlation(*changes):+.2f}, 95 % interval [{low:+.2f}, {high:+.2f}] "
+          "(bootstrap over objectives)")
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
@@ -846,7 +870,8 @@ def parse(arguments):
     parser.add_argument("--seed", type=int, default=0, help="the first one, of heads, their shuffling, and draws")
     parser.add_argument("--seeds", type=at_least_one, default=1, help="how many heads to train on all labels")
     parser.add_argument("--shots", type=whole_numbers, metavar="K,K,...", help="labelled clips per class")
-    parser.add_argument("--episodes", type=at_least_one, nargs="?", const=EPISODES, help=f"how many; {EPISODES} if not said")
+    parser.add_argument("--episodes", type=at_least_one, nargs="?", const=EPISODES,
+                        help=f"how many; {EPISODES} if not said")
     parser.add_argument("--way", type=at_least_one, default=5, help="classes of an episode")
     parser.add_argument("--pictures", action="store_true", help="of masks and features")
     parser.add_argument("--clips", type=at_least_one, default=3072, help="moving-shape clips to train a probe on")
@@ -863,6 +888,7 @@ def parse(arguments):
         "--weights needs --out DIR, a folder for features and results": flags.weights and not flags.out,
         "--train-list and --test-list go together": own and not (flags.train_list and flags.test_list),
         "--benchmark and lists of one's own ask for different clips; give one": own and flags.benchmark,
+        f"--clips {flags.clips} are too few to probe 8 classes with; give at least 192": flags.clips < 192,
         "--blob-clips takes two numbers, as 160,40": len(flags.blob_clips) != 2,
         "--shots needs --benchmark, or --train-list and --test-list": flags.shots and not (flags.benchmark or own),
         f"--benchmark {flags.benchmark} needs --root DIR; `python data.py --check DIR` says what belongs in there":

@@ -28,8 +28,8 @@ from tqdm import tqdm
 import data
 import probe
 from model import LEVELS, SIZES, Encoder, Predictor, Size, level_normalise, load_foreign, token_grid
-from objectives import (ABLATIONS, OBJECTIVES, Record, View, as_released, coefficients, cut_by_level, losses, make_heads,
-                        mean_over_ranks, motion_map, sample_masks)
+from objectives import (ABLATIONS, OBJECTIVES, Record, View, as_released, coefficients, cut_by_level, losses,
+                        make_heads, mean_over_ranks, motion_map, sample_masks)
 from synthetic import Shapes
 
 
@@ -45,7 +45,7 @@ class Config:
     as_released: bool = setting(False, "behave as the released code, not as its description (README)")
     fwm_split: str = setting("depth", "where fwm cuts appearance from dynamics: depth, or level for within every level")
     ablate: str = setting("", "leave one ingredient out: " + ", ".join(ABLATIONS))
-    out: str = setting("", "the run folder; runs/<preset or name of --data>-<objective>-seed<seed> if not said")
+    out: str = setting("", "the run folder, by default below runs/; of a sweep the folder of its runs, runs/study")
     seed: int = setting(0, "of weights, clips and masks")
     # data
     data: str = setting("", 'videos of one\'s own: a list (lines "path label" or "path") or a folder')
@@ -130,6 +130,8 @@ def parse(arguments):
             given.seeds = [int(seed) for seed in given.seeds.split(",")]
         except ValueError:
             raise ValueError(f"--seeds {given.seeds}: give whole numbers with commas, as 0,1,2") from None
+        if given.jobs is not None and given.jobs < 1:
+            raise ValueError(f"--jobs is {given.jobs}; it must be at least 1")
         config.out = config.out or "runs/study"
     return check(config), given
 
@@ -145,9 +147,9 @@ def check(config):
     for name in ("frames", "crop", "patch", "tubelet", "steps", "batch", "log_every", "save_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least 1")
-    if 0 < config.probe_clips < 192:
-        raise ValueError(f"--probe-clips {config.probe_clips} are too few to probe 8 classes with; give at least 192, or 0 "
-                         "for no table")
+    if config.probe_clips and config.probe_clips < 192:
+        raise ValueError(f"--probe-clips {config.probe_clips} are too few to probe 8 classes with; give at least 192, "
+                         "or 0 for no table")
     grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
     if grid[0] < 2:
         raise ValueError(f"{config.frames} frames in tubelets of {config.tubelet} give {grid[0]} time step; "
@@ -196,19 +198,22 @@ class JEPA(nn.Module):
         return losses(Record(clips, grid, h, views), self.objective, self.heads, weights), h.detach()
 
 
+def size_of(config):
+    size = SIZES[config.size]
+    return size._replace(predictor_depth=0) if config.ablate == "predictor" else size
+
+
 def build(config):
     """The networks of a run before its first step: a pure function of the seed."""
-    objective, size = OBJECTIVES[config.objective], SIZES[config.size]
+    objective = OBJECTIVES[config.objective]
     if config.as_released:
         objective = as_released(objective)
     if config.fwm_split == "level":
         objective = cut_by_level(objective)
     if config.ablate:
         objective = replace(objective, **ABLATIONS[config.ablate])
-    if config.ablate == "predictor":
-        size = size._replace(predictor_depth=0)
     torch.manual_seed(config.seed)
-    return JEPA(objective, size, config.patch, config.tubelet)
+    return JEPA(objective, size_of(config), config.patch, config.tubelet)
 
 
 def make_optimizer(model, config):
@@ -271,15 +276,19 @@ def collapse_meter(h, most_tokens=4096):
 MACHINE = ("out", "device", "compile", "workers")  # where a run runs, not what it computes
 
 
+def refuse_other_run(config, before):
+    """ValueError where the run in a config's folder, a dict of settings, computes something else."""
+    different = [name for name, value in asdict(config).items() if name not in MACHINE and before.get(name) != value]
+    if different:
+        raise ValueError(f"{config.out} holds a different run ({', '.join(different)} differ); choose another --out")
+
+
 def open_run(config, resume):
     """The run folder and, to go on from, its checkpoint or None. Never overwrites a run that is there."""
     folder = Path(config.out)
     saved, checkpoint = folder / "config.json", None
     if saved.exists():
-        before, now = json.loads(saved.read_text()), asdict(config)
-        different = [name for name in now if name not in MACHINE and before.get(name) != now[name]]
-        if different:
-            raise ValueError(f"{folder} holds a different run ({', '.join(different)} differ); choose another --out")
+        refuse_other_run(config, json.loads(saved.read_text()))
         if not resume:
             raise ValueError(f"{folder} holds this run already; add --resume to go on with it, or choose another --out")
         if (folder / "last.pt").exists():
@@ -407,11 +416,16 @@ class StopSignal:
         self.received = received.item()
 
 
+def pick_device(config):
+    """"cuda", "mps" or "cpu"."""
+    if config.device != "auto":
+        return config.device
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def start_ranks(config):
     """(rank, number of ranks, device); starts the process group under torchrun."""
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = pick_device(config)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if ranks == 1:
         return 0, 1, torch.device(name)
@@ -523,11 +537,6 @@ def flags_of(config):
     return flags
 
 
-def same_run(first, second):
-    """Do two configs, as dicts, compute the same?"""
-    return all(first.get(name) == value for name, value in second.items() if name not in MACHINE)
-
-
 def sweep(config, names, seeds, jobs):
     """Every objective with every seed, each a command of its own that can be run alone, `jobs` at a time.
 
@@ -535,44 +544,51 @@ def sweep(config, names, seeds, jobs):
     CPU a run has one thread, so that its numbers do not depend on how many run beside it. Returns 0, a signal's
     number, or 1 if a run failed; the others go on all the same.
     """
-    cpu = start_ranks(config)[2].type == "cpu"
+    if "WORLD_SIZE" in os.environ:
+        raise ValueError("a sweep starts processes of its own; run it without torchrun")
+    cpu = pick_device(config) == "cpu"
     jobs = jobs or (os.cpu_count() if cpu else 1)
-    environment = {**os.environ, "TQDM_MININTERVAL": "10", **({"OMP_NUM_THREADS": "1"} if cpu else {})}
-    runs = [replace(config, objective=name, seed=seed) for seed in seeds for name in names]
+    environment = {**os.environ, "TQDM_MININTERVAL": "10"}  # logs stay short
+    if cpu:
+        environment["OMP_NUM_THREADS"] = "1"
+    pairs = dict.fromkeys((seed, name) for seed in seeds for name in names)  # each once
+    runs = [replace(config, objective=name, seed=seed) for seed, name in pairs]
     runs = [check(replace(run, out=f"{config.out}/{run_name(run)}")) for run in runs]
     waiting, running, failed = [], {}, []
     for run in runs:
-        before = probe.read_json(Path(run.out) / "result.json").get("config")
-        if before and not same_run(before, asdict(run)):
-            raise ValueError(f"{run.out} holds a different run; choose another --out")
-        if not before:
+        finished = probe.read_json(Path(run.out) / "result.json")
+        if finished:
+            refuse_other_run(run, finished["config"])
+        else:
             waiting.append(run)
     Path(config.out).mkdir(parents=True, exist_ok=True)
     with StopSignal() as stop, tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run") as bar:
-        while running or waiting and not stop.received:
-            while waiting and len(running) < jobs and not stop.received:
-                run = waiting.pop(0)
-                with open(f"{run.out}.log", "w") as log:
-                    # In a session of its own, so that Ctrl-C reaches this process alone, which passes it on.
-                    running[run.out] = subprocess.Popen(
-                        [sys.executable, __file__, "--resume", *flags_of(run)], stdout=log, stderr=log,
-                        env=environment, start_new_session=True)
-            bar.set_postfix_str(", ".join(Path(out).name for out in running))
-            time.sleep(0.2)
-            for out in [out for out, process in running.items() if process.poll() is not None]:
-                if running.pop(out).returncode and not stop.received:
-                    reason = Path(f"{out}.log").read_text().strip().splitlines() or ["no message"]
-                    failed.append(f"{out}: {reason[-1]}")
-                bar.update()
-            if stop.received:
-                for process in running.values():
-                    process.terminate()
-                for process in running.values():
-                    process.wait()
+        try:
+            while running or waiting:
+                while waiting and len(running) < jobs:
+                    run = waiting.pop(0)
+                    with open(f"{run.out}.log", "w") as log:
+                        running[run.out] = subprocess.Popen([sys.executable, __file__, "--resume", *flags_of(run)],
+                                                            stdout=log, stderr=log, env=environment)
+                    bar.set_postfix_str(", ".join(Path(out).name for out in running))
+                time.sleep(0.2)
+                for out in [out for out, process in running.items() if process.poll() is not None]:
+                    status = running.pop(out).returncode
+                    if status and not stop.received:
+                        lines = Path(f"{out}.log").read_text().strip().splitlines() or [""]
+                        failed.append(f"{out} failed with exit status {status}; the end of {out}.log: {lines[-1]}")
+                    bar.update()
+                if stop.received:
+                    break
+        finally:
+            for process in running.values():
+                process.terminate()  # a run that gets a signal saves and ends
+            for process in running.values():
+                process.wait()
     for sentence in failed:
         print(sentence, file=sys.stderr)
     print("stopped; the same command goes on from there" if stop.received else
-          f"{len(runs) - len(failed)} of {len(runs)} runs finished; `python probe.py --table {config.out}` compares them")
+          f"{len(runs) - len(failed)} of {len(runs)} runs finished; `python probe.py --table {config.out}` shows them")
     return 128 + stop.received if stop.received else int(bool(failed))
 
 
@@ -619,7 +635,7 @@ def flops_of(config, masks, ema):
     """`step_flops` of a whole batch with these masks."""
     grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
     counts = [(visible.shape[1], masked.shape[1]) for visible, masked in masks]
-    return len(masks[0][0]) * step_flops(SIZES[config.size], config.patch, config.tubelet, grid, counts, ema)
+    return len(masks[0][0]) * step_flops(size_of(config), config.patch, config.tubelet, grid, counts, ema)
 
 
 def time_steps(trainer, clips, masks):
@@ -647,7 +663,7 @@ def compiled_graphs():
 
 def benchmark_row(config, device, ranks, clips):
     """Seconds of a step, and the cells of the table that follow from it, of one objective."""
-    objective, generator = OBJECTIVES[config.objective], torch.Generator().manual_seed(config.seed)
+    objective, generator = build(config).objective, torch.Generator().manual_seed(config.seed)
     grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
     count = WARMUP_STEPS + TIMED_ROUNDS * ROUND
     masks = [draw_masks(clips.cpu(), generator, grid, objective.masking) for _ in range(count)]
@@ -788,6 +804,9 @@ def main(arguments=None):
             return sweep(config, flags.names, flags.seeds, flags.jobs)
         stopped = train(config, flags.resume)
         return 128 + stopped if stopped else 0
+    except KeyboardInterrupt:  # after the last step; before it, `StopSignal` takes care
+        print("train.py: stopped; the same command with --resume goes on from there", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (ValueError, FloatingPointError, OSError) as error:
         # An error in a loader's worker comes with the worker's traceback; its last line is what happened.
         print("train.py:", str(error).strip().splitlines()[-1].removeprefix("ValueError: "), file=sys.stderr)

@@ -17,8 +17,8 @@ from torch import nn
 
 from model import take
 from objectives import (OBJECTIVES, TERMS, MaskKind, Masking, Record, View, as_released, block_size, coefficients,
-                        context, cut_by_level, distance_to_masked, draw_mask, epps_pulley, hard_share, losses, make_heads,
-                        motion_map, prediction, sample_masks)
+                        context, cut_by_level, distance_to_masked, draw_mask, epps_pulley, hard_share, losses,
+                        make_heads, motion_map, prediction, sample_masks)
 
 LEVEL_WIDTH = 3  # D
 CHANNELS = 4 * LEVEL_WIDTH
@@ -193,7 +193,7 @@ def naive_delta(record):
 
 
 def cut(ratio, by_level=False):
-    """(appearance, dynamics): lists of channels. Of 4 levels side by side the first ones, or the first of each level."""
+    """(appearance, dynamics): lists of channels. Appearance is the first of all channels, or the first of each level."""
     if by_level:
         appearance = [level * LEVEL_WIDTH + i for level in range(4) for i in range(int(ratio * LEVEL_WIDTH))]
     else:

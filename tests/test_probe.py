@@ -296,16 +296,18 @@ def test_episodes_are_perfect_on_clusters_and_at_chance_on_noise():
 
 def test_synthetic_clips_are_held_out_and_tested_on_others():
     encoder = probe.make_encoder(CONFIG)
-    for clips, count, seed in zip(probe.synthetic_sets(encoder, 4, 16, 9), (9, 3), (probe.HELD_OUT, probe.HELD_OUT + 1)):
+    sets = probe.synthetic_sets(encoder, 4, 16, 9, keep_tokens=True)
+    assert [clips.tokens for clips in probe.synthetic_sets(encoder, 4, 16, 9)] == [None, None]
+    for clips, count, seed in zip(sets, (9, 3), (probe.HELD_OUT, probe.HELD_OUT + 1)):
         source = Shapes(4, 16, seed)
         with torch.no_grad():
             levels = torch.cat([encoder(data.normalise(source.clips([item]))) for item in range(count)])
         torch.testing.assert_close(clips.levels, levels.mean(1, keepdim=True))
         for factor, labels in source.factors(range(count)).items():
-            for pooled in (True, False):
-                found = clips.last_level(factor, pooled)
-                torch.testing.assert_close(found.features, naive_features(encoder, source.clips(range(count)), pooled))
-                assert torch.equal(found.labels, labels)
+            found = clips.pooled(factor)
+            torch.testing.assert_close(found.features, naive_features(encoder, source.clips(range(count)), pooled=True))
+            assert torch.equal(found.labels, labels) and torch.equal(clips.factors[factor], labels)
+        torch.testing.assert_close(clips.tokens, naive_features(encoder, source.clips(range(count))))
 
 
 def test_the_halves_of_the_channels_partition_them_by_depth_and_within_levels():
@@ -317,25 +319,29 @@ def test_the_halves_of_the_channels_partition_them_by_depth_and_within_levels():
 
 def test_each_probe_of_the_moving_shapes_sees_the_channels_that_it_names(monkeypatch):
     """With a head in the place of `accuracy` that tells which channels tell the factor, one half alone knows."""
-    sets = [probe.Generated(torch.zeros(n, 2, 4), torch.zeros(n, 1, 16), {
-        factor: torch.arange(n) % 8 for factor in probe.FACTORS}) for n in (400, 160)]
+    sets = [probe.Generated(torch.zeros(n, 2, 128), torch.zeros(n, 1, 512), {
+        factor: torch.arange(n) // i % 8 for i, factor in enumerate(probe.FACTORS, start=1)}) for n in (400, 160)]
     for clips in sets:
-        clips.tokens[:, 0, 1] = clips.factors["speed"].float()
-        clips.levels[:, 0, 2] = clips.factors["speed"].float()  # the first level's third channel
-    monkeypatch.setattr(probe, "synthetic_sets", lambda *arguments: sets)
+        clips.tokens[:, 0, 1] = clips.factors["appearance"].float()
+        clips.levels[:, 0, 100] = clips.factors["speed"].float()  # in the first level's second half
+        clips.levels[:, 0, 384] = clips.factors["direction"].float() % 4  # the last level's first channel
+    monkeypatch.setattr(probe, "synthetic_sets", lambda *arguments, keep_tokens: sets)
     monkeypatch.setattr(probe, "EPISODES", 5)
-    seen = {}
+    monkeypatch.setattr(probe, "episode_accuracies", lambda train, test, way, shot, count, seed: torch.tensor(
+        [100.0 * shot * bool(train.features[..., 0].equal(train.labels[:, None] % 4.0)) + way + count]))
 
     def informed(recipe, train, test, *rest):
+        """100 where a channel of the features equals the labels."""
         assert (recipe.head == "attentive") == (train.features.shape[1] == 2)
-        seen[train.features.shape[1:]] = True
-        return 100.0 * float(train.features.any())
+        return 100.0 * any(train.features[:, 0, i].equal(train.labels.float()) for i in range(train.features.shape[-1]))
     monkeypatch.setattr(probe, "accuracy", informed)
     found = probe.synthetic_results(probe.make_encoder(CONFIG), 4, 16, 400)
-    assert {name: values["speed"] for name, values in found.items() if "shot" not in name} == {
-        "linear": 0.0, "attentive": 100.0, "appearance by depth": 100.0, "dynamics by depth": 0.0,
-        "appearance within levels": 0.0, "dynamics within levels": 100.0}
-    assert set(seen) == {(1, 4), (2, 4), (1, 8)}
+    knows = {name: [factor for factor in values if values[factor] == 100] for name, values in found.items()}
+    assert knows == {"linear": [], "attentive": ["appearance"], "1-shot": [], "5-shot": [],
+                     "appearance by depth": ["speed"], "dynamics by depth": [], "appearance within levels": [],
+                     "dynamics within levels": ["speed"]}
+    assert found["1-shot"] == {"direction": 110.0, "appearance": 10.0}
+    assert found["5-shot"] == {"direction": 510.0, "appearance": 10.0}
 
 
 def test_synthetic_episodes_of_random_weights_know_appearance():
@@ -760,17 +766,18 @@ def write_sweep(folder, direction, appearance):
 def table_of(text, number):
     """The cells of one of the printed Markdown tables by row and column."""
     blocks = re.findall(r"((?:^\|.*\n)+)", text, re.M)
-    header, _, *lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in blocks[number].splitlines()]
+    lines = blocks[number].splitlines()
+    header, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {line[0]: dict(zip(header[1:], line[1:])) for line in lines}
 
 
 def test_the_table_holds_means_deviations_and_paired_differences(tmp_path, capsys):
-    """baseline, ld far above it in every seed, hw above on average alone; Student's t for 2 degrees of freedom: 4.3027."""
+    """ld is far above the baseline in every seed, hw on average alone. Student's t for 2 degrees of freedom: 4.3027."""
     direction = {"ld": [60.0, 62.0, 64.0], "baseline": [50.0, 51.0, 55.0], "hw": [49.0, 60.0, 56.0]}
     write_sweep(tmp_path, direction, {name: [70.0, 70.0, 71.0] for name in direction})
     assert probe.main(["--table", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    values, differences = table_of(text, 0), table_of(text, 1)
+    values, differences = table_of(text, 0), table_of(text, 2)
     assert list(values) == ["untrained", "baseline", "hw", "ld"] and list(differences) == ["hw", "ld"]
     for name, numbers in direction.items():
         mean = sum(numbers) / 3
@@ -784,7 +791,28 @@ def test_the_table_holds_means_deviations_and_paired_differences(tmp_path, capsy
             cell = f"{mean:+.1f} ± {half:.1f}"
             assert differences[name]["direction, linear"] == (cell if name == "ld" else f"({cell})")
     assert values["untrained"]["direction, linear"] == "10.0 ± 0.0" and values["ld"]["speed, attentive"] == "-"
-    assert values["untrained"]["effective rank"] == "-"
+    assert values["untrained"]["effective rank"] == "-" and values["ld"]["seeds"] == "3"
+
+
+def test_seeds_that_only_one_of_two_has_are_left_out_of_the_difference(tmp_path, capsys):
+    direction = {"baseline": [50.0, 51.0, 90.0], "ld": [60.0, 62.0], "hw": [7.0]}
+    write_sweep(tmp_path, direction, {name: [70.0, 70.0, 71.0] for name in direction})
+    assert probe.main(["--table", str(tmp_path)]) == 0
+    differences = table_of(capsys.readouterr().out, 2)
+    # Differences 10 and 11: mean 10.5, deviation 0.7071, and t of 1 degree of freedom is 12.706.
+    assert differences["ld"]["direction, linear"] == f"+10.5 ± {12.7062 * 0.5 ** 0.5 / 2 ** 0.5:.1f}"
+    assert differences["hw"]["direction, linear"] == "-"
+
+
+def test_runs_with_other_settings_are_not_tabulated_together(tmp_path, capsys):
+    write_sweep(tmp_path, {"baseline": [50.0], "ld": [60.0]}, {"baseline": [50.0], "ld": [60.0]})
+    path = tmp_path / "ld-seed0" / "result.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps({**result, "config": {"seed": 0, "objective": "ld"}}))
+    assert probe.main(["--table", str(tmp_path)]) == 0
+    path.write_text(json.dumps({**result, "config": {"seed": 0, "steps": 9}}))
+    assert probe.main(["--table", str(tmp_path)]) == 1
+    assert "ld-seed0 has other settings" in capsys.readouterr().err
 
 
 def naive_rank_correlation(first, second):
@@ -916,6 +944,7 @@ def test_the_colours_are_principal_components_of_all_clips_with_a_fixed_sign():
     (["--checkpoint", "CHECKPOINT", "--benchmark", "blobs", "--frames", "34"], "34 are too many"),
     (["--checkpoint", "CHECKPOINT", "--benchmark", "blobs", "--crop", "30"], "does not divide into 8x8 patches"),
     (["--checkpoint", "CHECKPOINT", "--probe-epoch", "3"], "--probe-epoch"),
+    (["--checkpoint", "CHECKPOINT", "--clips", "20"], "at least 192"),
     (["--checkpoint", "CHECKPOINT", "--benchmark", "blobs", "--blob-clips", "160"], "two numbers"),
     (["--compare", "a.json", "b.json"], "a.json is no result"),
     (["--table", "nowhere"], "nowhere holds no finished run"),
