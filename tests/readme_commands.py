@@ -9,6 +9,7 @@ one's own), with flags behind its own that make it short.
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -66,7 +67,7 @@ def run(call):
     if arguments[0] == "-c":
         names = {"short": [*SMALL, "--steps", "2", "--probe-clips", "0"]}
         exec(re.sub(r"train\.main\((.*)\)", r"status = train.main([*\1, *short])", arguments[1]), names)
-        return names["status"]
+        return names.get("status", 0)
     script, *flags = arguments
     if script == "synthetic.py":
         return synthetic.main([*flags, "--count", "16"])
@@ -80,7 +81,12 @@ def run(call):
         return probe.main(flags if {"--compare", "--table"} & set(flags) else flags + short)
     short = [*SMALL, "--steps", "2", "--probe-clips", "192" if "--seeds" in flags else "0"]
     if "all" in flags:
-        short += ["--objective", "baseline,hw,ld,delta,ac"]
+        short += ["--objective", "baseline,ld"]
+    elif "--seeds" in flags:  # two objectives of the list, one seed
+        names = flags[flags.index("--objective") + 1] if "--objective" in flags else "baseline"
+        short += ["--objective", ",".join(names.split(",")[:2])]
+    if "--seeds" in flags:
+        short += ["--seeds", "0"]
     if "--benchmark" in flags or {"--list", "--gradients", "--help"} & set(flags):
         return train.main(flags + short)
     finished = train.main(flags + short)
@@ -114,6 +120,8 @@ def main():
             line = " ".join([Path(call[0]).name, *call[1:]])
             print(f"=== {status} {time.perf_counter() - began:.1f} s: {line}", flush=True)
             wrong += [line] if status not in (0, None) else []
+            if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+                break
         os.chdir(HERE)
     if wrong:
         sys.exit("these commands of the README failed, shortened:\n" + "\n".join(wrong))
