@@ -101,7 +101,7 @@ def test_the_benchmarks_are_those_of_the_study():
 
 
 def test_blobs_are_the_first_frames_resized_in_balanced_directions():
-    flags = SimpleNamespace(benchmark="blobs", train_list=None)
+    flags = probe.parse(["--checkpoint", "any", "--benchmark", "blobs"])
     name, *sources = probe.open_sources(flags, frames=8, crop=80)
     assert name == "blobs"
     for source, count, seed in zip(sources, (160, 40), (probe.HELD_OUT, probe.HELD_OUT + 1)):
