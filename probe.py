@@ -688,9 +688,8 @@ def paired_differences(runs, baseline, column):
                          if column in numbers and column in baseline.get(seed, {})])
 
 
-def difference_cell(runs, baseline, column):
-    """Mean paired difference +- half its 95 % interval; in brackets where that holds zero."""
-    difference = paired_differences(runs, baseline, column)
+def difference_cell(difference):
+    """Mean of differences [n] +- half its 95 % interval; in brackets where that holds zero."""
     if len(difference) < 2:
         return "-"
     mean, half = difference.mean().item(), interval(difference)
@@ -725,9 +724,13 @@ def markdown(columns, rows):
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
-def print_table(folder):
-    """What a sweep found, as Markdown: measurements, differences to the baseline, the two halves of the channels, and
-    over objectives the rank correlation of the change in motion direction with the change in appearance."""
+ALIVE = 0.1  # feature std; what is below it at the end of training is called dead
+
+
+def print_table(folder, reference):
+    """What a sweep found, as Markdown: measurements, the two halves of the channels, differences to the reference (the
+    name of a run without its seed), and over objectives the rank correlation of the change in motion direction with
+    the change in appearance."""
     table = read_sweep(folder)
     columns = [f"{factor}, {kind}" for kind, factor in COLUMNS]
     print("Top-1 %, mean ± standard deviation over seeds\n")
@@ -737,25 +740,34 @@ def print_table(folder):
     print("\nLinear heads on one half of the channels of all four levels, top-1 %\n")
     markdown([f"{factor}, {half}" for half, factor in HALVES], {
         name: [mean_cell(runs, column) for column in HALVES] for name, runs in table.items() if name != "untrained"})
-    others = {name: runs for name, runs in table.items() if name not in ("untrained", "baseline")}
-    if "baseline" not in table or not others:
+    print("\nWhat they read from dynamics more than from appearance channels, in points, with 95 % intervals over "
+          "seeds\n")
+    cuts = [(cut, factor) for cut in ("by depth", "within levels") for factor in FACTORS]
+    markdown([f"{factor}, {cut}" for cut, factor in cuts], {name: [
+        difference_cell(torch.tensor([numbers[f"dynamics {cut}", factor] - numbers[f"appearance {cut}", factor]
+                                      for numbers in runs.values() if (f"dynamics {cut}", factor) in numbers]))
+        for cut, factor in cuts] for name, runs in table.items() if name != "untrained"})
+    others = {name: runs for name, runs in table.items() if name not in ("untrained", reference)}
+    if reference not in table or not others:
         return
-    baseline = table["baseline"]
-    print("\nDifference to the baseline in points, paired by seed, with 95 % intervals (Student's t over seeds; two "
+    base = table[reference]
+    print(f"\nDifference to {reference} in points, paired by seed, with 95 % intervals (Student's t over seeds; two "
           "seeds at least).\nIn brackets: not shown, since the interval holds zero. Of 20 differences that do not "
           "exist, one stands without brackets\n")
     markdown([*columns, "effective rank (not in points)"], {
-        name: [difference_cell(runs, baseline, column) for column in (*COLUMNS, "effective rank")]
+        name: [difference_cell(paired_differences(runs, base, column)) for column in (*COLUMNS, "effective rank")]
         for name, runs in others.items()})
-    changes = [[paired_differences(runs, baseline, ("linear", factor)).mean() for factor in ("direction", "appearance")]
-               for name, runs in others.items() if name in OBJECTIVES]
-    changes = torch.tensor(changes).T  # (2, objectives)
-    if len(others) < 4 or not changes.isfinite().all():
-        return
-    low, high = bootstrap(*changes)
-    print(f"\nRank correlation over {changes.shape[1]} objectives of the change in direction with the change in "
-          f"appearance (linear): {rank_correlation(*changes):+.2f}, 95 % interval [{low:+.2f}, {high:+.2f}] "
-          "(bootstrap over objectives)")
+    named = [runs for name, runs in others.items() if name in OBJECTIVES]
+    alive = [runs for runs in named if np.mean([numbers["feature std"] for numbers in runs.values()]) > ALIVE]
+    print("\nRank correlation of the change in direction with the change in appearance (linear; bootstrap over "
+          "objectives)")
+    for about, chosen in (("objectives", named), (f"objectives with a feature std above {ALIVE}", alive)):
+        changes = torch.tensor([[paired_differences(runs, base, ("linear", factor)).mean() for runs in chosen]
+                                for factor in ("direction", "appearance")])  # (2, objectives)
+        if len(chosen) >= 4 and changes.isfinite().all():
+            low, high = bootstrap(*changes)
+            print(f"over {len(chosen)} {about}: {rank_correlation(*changes):+.2f}, 95 % interval "
+                  f"[{low:+.2f}, {high:+.2f}]")
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
@@ -880,6 +892,8 @@ def parse(arguments):
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read videos")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two results, results-*.json")
     parser.add_argument("--table", metavar="DIR", help="the folder of a sweep, `train.py --seeds`")
+    parser.add_argument("--reference", default="baseline", metavar="NAME",
+                        help="of the table's differences: a run's name without -seedN")
     flags = parser.parse_args(arguments)
     own = flags.train_list or flags.test_list
     wrong = {
@@ -907,7 +921,7 @@ def main(arguments=None):
             compare(*flags.compare)
             return 0
         if flags.table:
-            print_table(flags.table)
+            print_table(flags.table, flags.reference)
             return 0
         subject = open_subject(flags)
         generated = not (flags.benchmark or flags.train_list)

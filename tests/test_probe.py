@@ -777,7 +777,7 @@ def test_the_table_holds_means_deviations_and_paired_differences(tmp_path, capsy
     write_sweep(tmp_path, direction, {name: [70.0, 70.0, 71.0] for name in direction})
     assert probe.main(["--table", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    values, differences = table_of(text, 0), table_of(text, 2)
+    values, differences = table_of(text, 0), table_of(text, 3)
     assert list(values) == ["untrained", "baseline", "hw", "ld"] and list(differences) == ["hw", "ld"]
     for name, numbers in direction.items():
         mean = sum(numbers) / 3
@@ -798,10 +798,13 @@ def test_seeds_that_only_one_of_two_has_are_left_out_of_the_difference(tmp_path,
     direction = {"baseline": [50.0, 51.0, 90.0], "ld": [60.0, 62.0], "hw": [7.0]}
     write_sweep(tmp_path, direction, {name: [70.0, 70.0, 71.0] for name in direction})
     assert probe.main(["--table", str(tmp_path)]) == 0
-    differences = table_of(capsys.readouterr().out, 2)
+    differences = table_of(capsys.readouterr().out, 3)
     # Differences 10 and 11: mean 10.5, deviation 0.7071, and t of 1 degree of freedom is 12.706.
     assert differences["ld"]["direction, linear"] == f"+10.5 ± {12.7062 * 0.5 ** 0.5 / 2 ** 0.5:.1f}"
     assert differences["hw"]["direction, linear"] == "-"
+    assert probe.main(["--table", str(tmp_path), "--reference", "ld"]) == 0  # 50 - 60 and 51 - 62
+    differences = table_of(capsys.readouterr().out, 3)
+    assert differences["baseline"]["direction, linear"] == f"-10.5 ± {12.7062 * 0.5 ** 0.5 / 2 ** 0.5:.1f}"
 
 
 def test_runs_with_other_settings_are_not_tabulated_together(tmp_path, capsys):
@@ -847,7 +850,7 @@ def test_the_trade_off_counts_the_named_objectives_alone(tmp_path, capsys):
     write_sweep(tmp_path, {**direction, "ld-as-released": [99.0, 99.0]}, {**appearance, "ld-as-released": [99.0, 99.0]})
     assert probe.main(["--table", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"over 6 objectives .*: -1.00, 95 % interval \[-1.00, -1.00\]", text)
+    assert re.search(r"over 6 objectives: -1.00, 95 % interval \[-1.00, -1.00\]", text)
     assert list(table_of(text, 0))[-1] == "ld-as-released"
 
 
