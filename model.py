@@ -52,6 +52,13 @@ def take(features, tokens):
     return features.gather(1, tokens.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
 
 
+def tubelets(clips, grid):
+    """Cut clips [B, 3, T, H, W] into the pixels of each token of a grid (t, h, w): [B, N, 3 * T/t * H/h * W/w]."""
+    t, h, w = grid
+    pixels = clips.unflatten(4, (w, -1)).unflatten(3, (h, -1)).unflatten(2, (t, -1))  # (B, 3, t, T/t, h, H/h, w, W/w)
+    return pixels.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(1, 3).flatten(2)
+
+
 def level_normalise(features):
     """Layer-normalise each of the four levels on its own, without learned scale: [B, n, 4D] -> [B, n, 4D]."""
     levels = features.unflatten(-1, (LEVELS, -1))  # (B, n, 4, D)
@@ -75,7 +82,7 @@ class Rotary(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, tokens, grid):
-        """Token ids [B, n] of a grid (t, h, w) -> how their channel pairs turn: complex64 [B, 1, n, head_dim / 2]."""
+        """Token ids [B, n] of a grid (t, h, w) -> cosines and sines of its turns, [B, 1, n, head_dim / 2]."""
         _, h, w = grid
         time, row, column = tokens // (h * w), tokens // w % h, tokens % w  # (B, n) each
         # Rows and columns span the same 16x16 range at every crop size; time counts raw steps.
@@ -83,17 +90,16 @@ class Rotary(nn.Module):
         column = column * ((ROTARY_SPAN - 1) / max(w - 1, 1))
         position = torch.stack((time.to(row.dtype), row, column), dim=-1)  # (B, n, 3)
         # A sum, not a matrix product: autocast would round the positions of a product to bfloat16.
-        angles = (position.unsqueeze(-1) * self.frequencies).sum(-2)  # (B, n, head_dim / 2)
-        return torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
+        angles = (position.unsqueeze(-1) * self.frequencies).sum(-2).unsqueeze(1)  # (B, 1, n, head_dim / 2)
+        return angles.cos(), angles.sin()
 
 
 def rotate(x, turn):
-    """Turn each pair of neighbouring channels of x [..., B, heads, n, head_dim] by its token's angle.
-
-    A pair (a, b) is the complex number a + ib, and `turn` the complex number exp(i angle) to multiply it with.
-    """
-    pairs = torch.view_as_complex(x.to(turn.real.dtype).unflatten(-1, (-1, 2)))  # (..., B, heads, n, head_dim / 2)
-    return torch.view_as_real(pairs * turn).flatten(-2).type_as(x)
+    """Turn each pair of neighbouring channels of x [..., B, heads, n, head_dim] by its token's angle, as a point in the
+    plane: (a, b) -> (a cos - b sin, a sin + b cos)."""
+    cos, sin = turn
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # (..., B, heads, n, head_dim / 2) each
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
@@ -139,7 +145,7 @@ class Block(nn.Module):
 def initialise(network):
     """Truncated normal weights (std 0.02), zero biases; what block i (from 1) adds shrinks by sqrt(2i)."""
     for module in network.modules():
-        if isinstance(module, (nn.Linear, nn.Conv3d)):
+        if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
     with torch.no_grad():
@@ -157,7 +163,7 @@ class Encoder(nn.Module):
     def __init__(self, size, patch, tubelet):
         super().__init__()
         self.patch, self.tubelet = patch, tubelet
-        self.embed = nn.Conv3d(3, size.width, (tubelet, patch, patch), stride=(tubelet, patch, patch))
+        self.embed = nn.Linear(3 * tubelet * patch ** 2, size.width)
         self.video = nn.Parameter(1e-6 * torch.randn(1, 1, size.width))
         self.rotary = Rotary(size.width // size.heads)
         self.blocks = nn.ModuleList(Block(size.width, size.heads) for _ in range(size.depth))
@@ -168,10 +174,11 @@ class Encoder(nn.Module):
     def forward(self, clips, visible=None):
         """clips [B, 3, T, H, W], normalised; visible: token ids [B, n], None for all -> features [B, n, 4D]."""
         grid = token_grid(*clips.shape[2:], self.patch, self.tubelet)
-        x = self.embed(clips).flatten(2).transpose(1, 2) + self.video  # (B, N, D)
+        x = tubelets(clips, grid)  # (B, N, pixels)
         tokens = torch.arange(x.shape[1], device=x.device).unsqueeze(0)  # (1, N)
         if visible is not None:
-            x, tokens = take(x, visible), visible  # (B, n, D), (B, n)
+            x, tokens = take(x, visible), visible  # (B, n, pixels), (B, n)
+        x = self.embed(x) + self.video  # (B, n, D)
         turn = self.rotary(tokens, grid)
         features = []
         for i, block in enumerate(self.blocks):
@@ -252,6 +259,8 @@ def load_foreign(path):
         widths = " or ".join(str(size.width) for size in SIZES.values())
         raise ValueError(f"'{chosen}' of {path} is no encoder of a known size: patch_embed.proj.weight is "
                          f"{list(kernel) or 'missing'}, should be [{widths}, 3, tubelet, patch, patch]")
+    # Steps as wide as the kernel make a convolution a linear layer over tubelets.
+    weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"].flatten(1)
     encoder = Encoder(SIZES[size], patch=kernel[-1], tubelet=kernel[2])
     wanted = {foreign_name(name): weight for name, weight in encoder.state_dict().items()}
     problems = [f"{name} is missing" for name in wanted if name not in weights]

@@ -5,6 +5,7 @@ import csv
 import difflib
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import data
@@ -339,8 +341,9 @@ class Trainer:
         self.update_target = get_ema_multi_avg_fn(config.ema)
         self.healthy = torch.ones((), dtype=torch.bool, device=device)  # read seldom: reading waits for the device
         self.autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-        if config.compile == "yes" or config.compile == "auto" and device.type == "cuda":
-            self.model.compile(dynamic=True)
+        self.compiled = config.compile == "yes" or config.compile == "auto" and device.type == "cuda"
+        if self.compiled:
+            self.model.compile()
         # A static graph may leave parameters without gradient: the released code's latent-dynamics head.
         self.forward = DistributedDataParallel(self.model, static_graph=True) if ranks > 1 else self.model
 
@@ -360,6 +363,11 @@ class Trainer:
         torch.manual_seed(self.config.seed * 1_000_003 + step)
         clips = clips.to(self.device, non_blocking=True)
         masks = [tuple(tokens.to(self.device, non_blocking=True) for tokens in mask) for mask in masks]
+        if self.compiled:
+            # Only token counts change from step to step. With dynamic=True one that is at first the same as the batch,
+            # frames or crop, by chance, would be expected to stay the same, and all be compiled again.
+            for tokens in itertools.chain(*masks):
+                torch._dynamo.mark_dynamic(tokens, 1)
         weights = coefficients(self.objective, step, self.config.steps)
         # Tensors, since a compiled step would be compiled again for every new Python number.
         weights = dict(zip(weights, torch.tensor(list(weights.values())).to(self.device, non_blocking=True)))
@@ -612,9 +620,9 @@ def step_flops(size, patch, tubelet, grid, counts, ema=True):
     gradient of the pixels. What flash attention or checkpointing computes again does not count, nor do the terms.
     """
     width, narrow, channels = size.width, size.predictor_width, LEVELS * size.width
-    embedding = 2 * math.prod(grid) * width * 3 * tubelet * patch ** 2
 
     def encoder(tokens, trained):
+        embedding = 2 * tokens * width * 3 * tubelet * patch ** 2
         return (2 if trained else 1) * embedding + (3 if trained else 1) * size.depth * block_flops(tokens, width)
 
     def predictor(visible, masked):
@@ -661,8 +669,37 @@ def compiled_graphs():
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
+def largest_kernels(trainer, clips, masks, count=3):
+    """The kernels (on a CPU: operators) that take most of the steps' time on the device, each with its share."""
+    on_gpu = trainer.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        time_steps(trainer, clips, masks)
+    spent = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
+             for event in profiler.key_averages()}
+    largest = sorted(spent, key=spent.get, reverse=True)[:count]
+    return ", ".join(f"{name[:60]} {spent[name] / sum(spent.values()):.0%}" for name in largest)
+
+
+def plain_step(config, device, ranks, clips, masks):
+    """Seconds for a clip in an uncompiled step in float32, attention by its mathematics, and how many clips a step had:
+    half as often as their attention matrices are too large for the device."""
+    trainer = Trainer(replace(config, compile="no"), device, ranks)
+    trainer.autocast = nullcontext()
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            trainer.step(0, clips, masks[0])
+            return time_steps(trainer, clips, masks) / len(clips), len(clips)
+    except torch.OutOfMemoryError:
+        if len(clips) == 1:
+            raise
+    del trainer  # or its gradients would take memory while half of the clips are tried
+    half = len(clips) // 2
+    return plain_step(config, device, ranks, clips[:half],
+                      [[(visible[:half], masked[:half]) for visible, masked in pair] for pair in masks])
+
+
 def benchmark_row(config, device, ranks, clips):
-    """Seconds of a step, and the cells of the table that follow from it, of one objective."""
+    """Of one objective: seconds of a step, the cells of the table that follow from it, on a GPU the largest kernels."""
     objective, generator = build(config).objective, torch.Generator().manual_seed(config.seed)
     grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
     count = WARMUP_STEPS + TIMED_ROUNDS * ROUND
@@ -680,19 +717,23 @@ def benchmark_row(config, device, ranks, clips):
     if device.type == "cuda":
         memory = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f}"
     graphs, breaks = (after - earlier for after, earlier in zip(compiled_graphs(), before))
+    # On a CPU the profiler would write its own complaints between the lines of the table.
+    kernels = largest_kernels(trainer, clips, masks[:ROUND]) if device.type == "cuda" else ""
     del trainer
-    trainer = Trainer(replace(config, compile="no"), device, ranks)
-    trainer.autocast = nullcontext()
-    with sdpa_kernel(SDPBackend.MATH):
-        trainer.step(0, clips, masks[0])
-        plain = time_steps(trainer, clips, masks)
+    plain, plain_clips = plain_step(config, device, ranks, clips, masks)
+    ratio = f"{plain / (seconds / len(clips)):.2f}"
+    if plain_clips < len(clips):
+        ratio += f" (of a step of {plain_clips})"
     peak, rate = peak_flops(device), statistics.mean(flops_of(config, pair, objective.ema) for pair in masks) / seconds
-    return seconds, [f"{rate / 1e12:.3g}", f"{rate / peak:.0%}" if peak else "unknown", memory, str(breaks),
-                     str(graphs), f"{plain / seconds:.2f}"]
+    cells = [f"{rate / 1e12:.3g}", f"{rate / peak:.0%}" if peak else "unknown", memory, str(breaks), str(graphs), ratio]
+    return seconds, cells, kernels
 
 
 def benchmark(config, names):
-    """Print a table: what a training step of each of these objectives costs, and how fast files can be read for it."""
+    """Print a table: what a training step of each of these objectives costs, and how fast files can be read for it.
+
+    On a GPU the largest kernels of each follow.
+    """
     rank, ranks, device = start_ranks(config)
     generator = torch.Generator().manual_seed(config.seed)
     shape = (config.batch // ranks, 3, config.frames, config.crop, config.crop)
@@ -705,12 +746,16 @@ def benchmark(config, names):
          f"batch {config.batch}; plain: float32, uncompiled, attention by its mathematics\n")
     show("| objective | ms/step | x first | clips/s | loader alone, clips/s | TFLOP/s | MFU | peak memory, GiB | graph "
          "breaks | recompilations | x plain |\n|" + "---|" * 11)
-    first = None
+    first, largest = None, {}
     for name in names:
-        seconds, cells = benchmark_row(replace(config, objective=name), device, ranks, clips)
+        seconds, cells, largest[name] = benchmark_row(replace(config, objective=name), device, ranks, clips)
         first = first or seconds
         show(f"| {name} | {1000 * seconds:.1f} | {seconds / first:.2f} | {config.batch / seconds:.0f} | {loader} | "
              + " | ".join(cells) + " |")
+    if any(largest.values()):
+        show("\nLargest kernels and their share of the time on the device:")
+        for name, kernels in largest.items():
+            show(f"{name}: {kernels}")
     if ranks > 1:
         dist.destroy_process_group()
 
@@ -807,6 +852,10 @@ def main(arguments=None):
     except KeyboardInterrupt:  # after the last step; before it, `StopSignal` takes care
         print("train.py: stopped; the same command with --resume goes on from there", file=sys.stderr)
         return 128 + signal.SIGINT
+    except torch.OutOfMemoryError:
+        print(f"train.py: the device has too little memory for a step of --batch {config.batch} of --size "
+              f"{config.size} at this --crop; give a smaller one of these", file=sys.stderr)
+        return 1
     except (ValueError, FloatingPointError, OSError) as error:
         # An error in a loader's worker comes with the worker's traceback; its last line is what happened.
         print("train.py:", str(error).strip().splitlines()[-1].removeprefix("ValueError: "), file=sys.stderr)

@@ -140,7 +140,7 @@ def test_every_crop_spans_the_same_rows_and_columns_but_time_counts_steps():
     rotary = Rotary(64)
 
     def turn(cell, grid):
-        return rotary(torch.tensor([[cells_of(grid).index(cell)]]), grid)
+        return torch.cat(rotary(torch.tensor([[cells_of(grid).index(cell)]]), grid))
 
     small, large = (3, 4, 6), (5, 14, 16)
     torch.testing.assert_close(turn((2, 3, 5), small), turn((2, 13, 15), large))  # last row, last column
@@ -201,7 +201,7 @@ def naive_encoder(encoder, size, clip, tokens, grid):
     for time, row, column in cells:
         pixels = clip[:, time * TUBELET:(time + 1) * TUBELET, row * PATCH:(row + 1) * PATCH,
                       column * PATCH:(column + 1) * PATCH].numpy()
-        embedded.append([(kernel * pixels).sum() for kernel in parameters.arrays["embed.weight"]])
+        embedded.append(parameters.arrays["embed.weight"] @ pixels.flatten())
     x = np.array(embedded) + parameters.arrays["embed.bias"] + parameters.arrays["video"][0, 0]
     levels = []
     for i in range(size.depth):

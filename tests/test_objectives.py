@@ -193,7 +193,7 @@ def naive_delta(record):
 
 
 def cut(ratio, by_level=False):
-    """(appearance, dynamics): lists of channels. Appearance is the first of all channels, or the first of each level."""
+    """(appearance, dynamics): lists of channels. Appearance is the first `ratio` of all channels, or of each level."""
     if by_level:
         appearance = [level * LEVEL_WIDTH + i for level in range(4) for i in range(int(ratio * LEVEL_WIDTH))]
     else:

@@ -615,7 +615,8 @@ def test_without_a_benchmark_it_probes_generated_clips(tmp_path, quick_blobs, ca
 
 def foreign(encoder):
     """The weights of our Encoder under the names of V-JEPA 2.1, written out."""
-    weights = {"patch_embed.proj.weight": encoder.embed.weight, "patch_embed.proj.bias": encoder.embed.bias,
+    kernels = encoder.embed.weight.unflatten(1, (3, encoder.tubelet, encoder.patch, encoder.patch))
+    weights = {"patch_embed.proj.weight": kernels, "patch_embed.proj.bias": encoder.embed.bias,
                "video_mod_embed": encoder.video}
     for i, block in enumerate(encoder.blocks):
         for part, layer in (("norm1", block.norm1), ("attn.qkv", block.attn.qkv), ("attn.proj", block.attn.proj),
@@ -680,6 +681,7 @@ def test_the_names_and_shapes_are_those_of_v_jepa(size, depth, tmp_path, monkeyp
             f"module.backbone.{name}": torch.empty(shape) for name, shape in shapes.items()}})
         loaded, about = load_foreign(tmp_path)
     assert about == {"size": size, "patch": 16, "tubelet": 2, "weights": "ema_encoder"}
+    shapes["patch_embed.proj.weight"] = (width, 3 * 2 * 16 * 16)  # a linear layer over the pixels of a tubelet
     assert sorted(map(tuple, (p.shape for p in loaded.parameters()))) == sorted(shapes.values())
 
 
