@@ -2,11 +2,13 @@
 import torch
 
 import train
+from model import Size
 
 
 def main():
     torch.set_num_threads(1)
     config, _ = train.parse(["--objective", "ld", "--batch", "2", "--crop", "24", "--compile", "yes"])  # 36 tokens
+    train.SIZES["tiny"] = Size(24, 4, 2, predictor_width=16, predictor_depth=1, predictor_heads=2)
     trainer = train.Trainer(config, torch.device("cpu"))
     # No machine code is made, which takes a minute; a graph break would be an error.
     trainer.model.compile(fullgraph=True, backend="eager")

@@ -147,7 +147,9 @@ def test_the_target_is_the_closed_form_of_the_moving_average(tmp_path, objective
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_runs_and_is_evaluated_on_the_right_encoder(tmp_path, name):
+def test_every_objective_runs_and_is_evaluated_on_the_right_encoder(tmp_path, name, monkeypatch):
+    small = Size(24, 4, 2, predictor_width=16, predictor_depth=1, predictor_heads=2)
+    monkeypatch.setitem(SIZES, "tiny", small)
     flags = ["--objective", name, *QUICK, "--steps", "2", "--out", str(tmp_path / "run")]
     assert train.main(flags) == 0
     checkpoint = probe.load_checkpoint(tmp_path / "run" / "last.pt")
