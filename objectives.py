@@ -346,15 +346,17 @@ def spectral(record):
     t, h, w = record.grid
 
     def errors(view):
-        # On the whole grid: to know how many positions are visible throughout, the host would have to wait for the GPU.
         everywhere = torch.arange(t * h * w, device=view.visible.device).expand(len(view.visible), -1).contiguous()
         index = torch.searchsorted(view.visible, everywhere).clamp(max=view.visible.shape[1] - 1)  # (B, N)
         found = (view.visible.gather(1, index) == everywhere).view(-1, t, h * w).all(1)  # (B, h*w)
-        difference = take(at_least_float32(view.z - take(record.h.detach(), view.visible)), index)  # (B, N, 4D)
-        spectrum = torch.fft.rfft(difference.unflatten(1, (t, h * w)), dim=1)  # (B, t//2+1, h*w, 4D)
+        # How many there are the host could learn only by waiting for the GPU; but more than n // t = m there cannot be.
+        found, place = found.int().topk(view.visible.shape[1] // t)  # (B, m) each
+        index = index.view(-1, t, h * w).gather(2, place.unsqueeze(1).expand(-1, t, -1)).flatten(1)  # (B, t*m)
+        difference = take(at_least_float32(view.z - take(record.h.detach(), view.visible)), index)  # (B, t*m, 4D)
+        spectrum = torch.fft.rfft(difference.unflatten(1, (t, place.shape[1])), dim=1)  # (B, t//2+1, m, 4D)
         weight = torch.linspace(0.1, 1.0, spectrum.shape[1], device=spectrum.device, dtype=difference.dtype)
         magnitude = weight.view(1, -1, 1, 1) * spectrum.abs()
-        return magnitude.mean((1, 3)), found & (t >= 4)
+        return magnitude.mean((1, 3)), found.bool() & (t >= 4)
     return mean_over_views(record, errors)
 
 

@@ -96,6 +96,11 @@ def load_checkpoint(path):
         raise ValueError(f"{path} is not a checkpoint, or was cut short ({reason})") from None
     if not isinstance(checkpoint, dict) or not {"config", "evaluated", "encoder", "target"} <= checkpoint.keys():
         raise ValueError(f"{path} was not written by this project's train.py")
+    config = checkpoint["config"]
+    with torch.device("meta"):  # shapes without memory
+        wanted = Encoder(SIZES[config["size"]], config["patch"], config["tubelet"]).state_dict()
+    if {name: x.shape for name, x in checkpoint["encoder"].items()} != {name: x.shape for name, x in wanted.items()}:
+        raise ValueError(f"{path} holds an encoder of another version of model.py; train it again with this one")
     return checkpoint
 
 
@@ -729,9 +734,12 @@ ALIVE = 0.1  # feature std; what is below it at the end of training is called de
 
 def print_table(folder, reference):
     """What a sweep found, as Markdown: measurements, the two halves of the channels, differences to the reference (the
-    name of a run without its seed), and over objectives the rank correlation of the change in motion direction with
-    the change in appearance."""
+    name of a run without its seed; None for the baseline, if there), and over objectives the rank correlation of the
+    change in motion direction with the change in appearance. Raises ValueError where the reference is missing."""
     table = read_sweep(folder)
+    if reference and reference not in table:
+        raise ValueError(f"{folder} holds no run of '{reference}' to compare with; it holds {', '.join(table)}")
+    reference = reference or "baseline"
     columns = [f"{factor}, {kind}" for kind, factor in COLUMNS]
     print("Top-1 %, mean ± standard deviation over seeds\n")
     markdown([*columns, "effective rank", "feature std", "seeds"], {name: [
@@ -759,15 +767,14 @@ def print_table(folder, reference):
         for name, runs in others.items()})
     named = [runs for name, runs in others.items() if name in OBJECTIVES]
     alive = [runs for runs in named if np.mean([numbers["feature std"] for numbers in runs.values()]) > ALIVE]
-    print("\nRank correlation of the change in direction with the change in appearance (linear; bootstrap over "
-          "objectives)")
     for about, chosen in (("objectives", named), (f"objectives with a feature std above {ALIVE}", alive)):
         changes = torch.tensor([[paired_differences(runs, base, ("linear", factor)).mean() for runs in chosen]
                                 for factor in ("direction", "appearance")])  # (2, objectives)
         if len(chosen) >= 4 and changes.isfinite().all():
             low, high = bootstrap(*changes)
-            print(f"over {len(chosen)} {about}: {rank_correlation(*changes):+.2f}, 95 % interval "
-                  f"[{low:+.2f}, {high:+.2f}]")
+            print(f"\nRank correlation of the change in direction with the change in appearance (linear probes) over "
+                  f"{len(chosen)} {about}: {rank_correlation(*changes):+.2f}, 95 % interval [{low:+.2f}, {high:+.2f}] "
+                  "(bootstrap over objectives)")
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
@@ -892,8 +899,8 @@ def parse(arguments):
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read videos")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two results, results-*.json")
     parser.add_argument("--table", metavar="DIR", help="the folder of a sweep, `train.py --seeds`")
-    parser.add_argument("--reference", default="baseline", metavar="NAME",
-                        help="of the table's differences: a run's name without -seedN")
+    parser.add_argument("--reference", metavar="NAME",
+                        help="of the table's differences: a run's name without -seedN [baseline]")
     flags = parser.parse_args(arguments)
     own = flags.train_list or flags.test_list
     wrong = {

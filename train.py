@@ -364,8 +364,8 @@ class Trainer:
         clips = clips.to(self.device, non_blocking=True)
         masks = [tuple(tokens.to(self.device, non_blocking=True) for tokens in mask) for mask in masks]
         if self.compiled:
-            # Only token counts change from step to step. With dynamic=True one that is at first the same as the batch,
-            # frames or crop, by chance, would be expected to stay the same, and all be compiled again.
+            # Only token counts change from step to step. With dynamic=True, a count and a crop that are equal by chance
+            # at the first step would be taken for equal ever after, and the step compiled again when they are not.
             for tokens in itertools.chain(*masks):
                 torch._dynamo.mark_dynamic(tokens, 1)
         weights = coefficients(self.objective, step, self.config.steps)
@@ -676,7 +676,7 @@ def largest_kernels(trainer, clips, masks, count=3):
         time_steps(trainer, clips, masks)
     spent = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
              for event in profiler.key_averages()}
-    largest = sorted(spent, key=spent.get, reverse=True)[:count]
+    largest = sorted((name for name in spent if spent[name]), key=spent.get, reverse=True)[:count]
     return ", ".join(f"{name[:60]} {spent[name] / sum(spent.values()):.0%}" for name in largest)
 
 

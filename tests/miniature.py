@@ -9,7 +9,6 @@ import struct
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image
 
@@ -48,6 +47,8 @@ def write_video(path, frames=50, codec="libx264", size=(96, 128), rate=25, first
                 container=(), **open_options):
     """Write frames numbered from `first`. times: of each frame, in ms; quarters: quarter turns counter-clockwise of
     the camera (only mp4); options: of the codec; container: of the muxer. path: a name, or an object with write()."""
+    import av  # only where a video is written: all other tests run without it
+
     with av.open(path if hasattr(path, "write") else str(path), "w", options=dict(container), **open_options) as output:
         stream = output.add_stream(codec, rate=rate, options={**FAST.get(codec, {}), **dict(options)})
         stream.height, stream.width = size
@@ -88,6 +89,8 @@ class Pipe:
 def write_packed_avi(path, frames, size=(96, 128)):
     """MPEG-4 in AVI as DivX and XviD pack it: a B frame shares the packet of the frame that it needs, and an empty
     frame stands where it would have stood."""
+    import av
+
     with av.open(str(path), "w") as output:
         stream = output.add_stream("mpeg4", rate=25, options={"g": "12", "bf": "1", "b_strategy": "0"})
         stream.height, stream.width = size

@@ -6,7 +6,8 @@
 Plainly is how such code is usually found: masked tokens picked by boolean masks, features scattered back onto the full
 grid for the terms in time, rotary angles worked out again in every block with sliced channels, activations thrown away
 and computed again in the backward pass, parameters averaged one by one. Both steps work on the same networks, and
-their losses must agree before anything is timed. The two take turns, and medians are compared.
+their losses must agree before anything is timed. The two take turns, and medians are compared. What could be reached
+at most is what a step would take that consisted of nothing but the matrix products that it cannot do without.
 """
 import argparse
 import statistics
@@ -130,6 +131,17 @@ def plain_step(model, optimizer, clips, masks, weights, momentum):
     return values
 
 
+def matrix_rate(size=2048, times=5):
+    """Operations per second of a product of two square matrices, as large as those of the step: median."""
+    a, b = torch.randn(2, size, size)
+    rounds = []
+    for _ in range(times + 1):
+        began = time.perf_counter()
+        a @ b
+        rounds.append(time.perf_counter() - began)
+    return 2 * size ** 3 / statistics.median(rounds[1:])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", default="vit_base")
@@ -147,7 +159,7 @@ def main():
     clips = torch.randint(256, (config.batch, 3, 16, config.crop, config.crop), dtype=torch.uint8)
     grid = train.token_grid(16, config.crop, config.crop, 16, 2)
     weights = coefficients(trainer.objective, config.steps - 1, config.steps)
-    seconds = {"ours": [], "plain": []}
+    seconds, work = {"ours": [], "plain": []}, []
     for turn in range(flags.rounds + 1):
         masks = train.draw_masks(clips, torch.Generator().manual_seed(turn), grid, trainer.objective.masking)
         began = time.perf_counter()
@@ -160,12 +172,16 @@ def main():
         else:
             seconds["ours"].append(middle - began)
             seconds["plain"].append(time.perf_counter() - middle)
+            work.append(train.flops_of(config, masks, ema=True))
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     for name, median in medians.items():
         print(f"{name:<6} {median:7.3f} s a step, {config.batch / median:6.2f} clips/s (rounds: "
               + ", ".join(f"{second:.2f}" for second in seconds[name]) + ")")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}: "
           f"{medians['plain'] / medians['ours']:.2f} times the clips/s of the plain step")
+    least = statistics.median(work) / matrix_rate()
+    print(f"its matrix products alone would take {least:.2f} s at the rate of large ones on this machine: "
+          f"{medians['plain'] / least:.2f} times the clips/s of the plain step is what could be reached at most")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ import probe
 import synthetic
 import train
 from miniature import write_datasets
-from model import SIZES, Encoder, foreign_name
+from model import SIZES, Encoder
+from test_probe import foreign
 
 SMALL = ["--size", "tiny", "--frames", "8", "--crop", "32", "--patch", "8", "--batch", "4", "--workers", "0",
          "--device", "cpu"]
@@ -107,8 +108,7 @@ def main():
         os.environ["OMP_NUM_THREADS"] = "1"
         for run_folder in ("A", "B"):
             train.main(["--steps", "1", "--probe-clips", "0", "--out", run_folder, *SMALL])
-        foreign = Encoder(SIZES["tiny"], 8, 2).state_dict()
-        torch.save({"encoder": {foreign_name(name): weight for name, weight in foreign.items()}}, "vjepa2_1.pt")
+        torch.save({"encoder": foreign(Encoder(SIZES["tiny"], 8, 2))}, "vjepa2_1.pt")
         synthetic.main(["--write", "videos", "--count", "16"])
         for path in ("train.csv", "test.csv"):
             lines = Path("videos/videos.csv").read_text().splitlines()

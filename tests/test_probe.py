@@ -806,6 +806,8 @@ def test_seeds_that_only_one_of_two_has_are_left_out_of_the_difference(tmp_path,
     assert differences["hw"]["direction, linear"] == "-"
     assert probe.main(["--table", str(tmp_path), "--reference", "ld"]) == 0  # 50 - 60 and 51 - 62
     differences = table_of(capsys.readouterr().out, 3)
+    assert probe.main(["--table", str(tmp_path), "--reference", "fac"]) == 1
+    assert "no run of 'fac' to compare with; it holds untrained, baseline, hw, ld" in capsys.readouterr().err
     assert differences["baseline"]["direction, linear"] == f"-10.5 ± {12.7062 * 0.5 ** 0.5 / 2 ** 0.5:.1f}"
 
 
@@ -928,6 +930,21 @@ def test_the_colours_are_principal_components_of_all_clips_with_a_fixed_sign():
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("damage, sentence", [
+    (lambda checkpoint: checkpoint["encoder"].pop("video"), "an encoder of another version of model.py"),
+    (lambda checkpoint: checkpoint["encoder"].update({"embed.weight": torch.zeros(8, 3)}), "of another version"),
+    (lambda checkpoint: checkpoint.pop("target"), "was not written by this project's train.py"),
+])
+def test_a_checkpoint_of_other_code_is_refused_in_one_sentence(tmp_path, capsys, damage, sentence):
+    path = make_checkpoint(tmp_path)
+    checkpoint = torch.load(path)
+    damage(checkpoint)
+    torch.save(checkpoint, path)
+    assert probe.main(["--checkpoint", path]) == 1
+    error = capsys.readouterr().err
+    assert sentence in error and path in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags, sentence", [

@@ -19,8 +19,9 @@ import probe
 import synthetic
 import train
 from miniature import write_datasets
-from model import SIZES, Encoder, Size, foreign_name
+from model import SIZES, Encoder, Size
 from objectives import OBJECTIVES, as_released
+from test_probe import foreign
 
 ROOT = Path(__file__).parent.parent
 # A run that takes seconds: tiny clips, few steps, no probe.
@@ -73,9 +74,7 @@ def test_foreign_weights_are_where_the_encoder_and_its_target_begin(tmp_path, ca
     config, _ = train.parse(QUICK)
     torch.manual_seed(5)
     source = Encoder(SIZES["tiny"], 4, 2)
-    theirs = {foreign_name(name): weight for name, weight in source.state_dict().items()}
-    theirs["patch_embed.proj.weight"] = theirs["patch_embed.proj.weight"].unflatten(1, (3, 2, 4, 4))  # a convolution's
-    torch.save({"ema_encoder": theirs}, tmp_path / "weights.pt")
+    torch.save({"ema_encoder": foreign(source)}, tmp_path / "weights.pt")
     config.weights = str(tmp_path / "weights.pt")
     model = train.Trainer(config, torch.device("cpu")).model
     for network in (model.encoder, model.target):
