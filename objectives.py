@@ -349,8 +349,8 @@ def spectral(record):
         everywhere = torch.arange(t * h * w, device=view.visible.device).expand(len(view.visible), -1).contiguous()
         index = torch.searchsorted(view.visible, everywhere).clamp(max=view.visible.shape[1] - 1)  # (B, N)
         found = (view.visible.gather(1, index) == everywhere).view(-1, t, h * w).all(1)  # (B, h*w)
-        # How many there are the host could learn only by waiting for the GPU; but more than n // t = m there cannot be.
-        found, place = found.int().topk(view.visible.shape[1] // t)  # (B, m) each
+        # How many there are the host could learn only by waiting for the GPU; but more than n / t there cannot be.
+        found, place = found.int().topk((view.visible.shape[1] + t - 1) // t)  # (B, m) each
         index = index.view(-1, t, h * w).gather(2, place.unsqueeze(1).expand(-1, t, -1)).flatten(1)  # (B, t*m)
         difference = take(at_least_float32(view.z - take(record.h.detach(), view.visible)), index)  # (B, t*m, 4D)
         spectrum = torch.fft.rfft(difference.unflatten(1, (t, place.shape[1])), dim=1)  # (B, t//2+1, m, 4D)
@@ -468,7 +468,10 @@ def velgate(record, percentile=0.5):
     t, h, w = record.grid
     steps = at_least_float32(record.h.detach()).unflatten(1, (t, h * w))
     v = steps.diff(dim=1).norm(dim=-1)  # (B, t-1, h*w)
-    gate = (v <= v.quantile(percentile, dim=-1, keepdim=True)).flatten(1)  # (B, (t-1)*h*w)
+    # Not v.quantile: at that, torch 2.11 breaks the compiled graph of the step.
+    place, ordered = percentile * (h * w - 1), v.sort(dim=-1).values
+    limit = torch.lerp(ordered[..., math.floor(place)], ordered[..., math.ceil(place)], place - math.floor(place))
+    gate = (v <= limit.unsqueeze(-1)).flatten(1)  # (B, (t-1)*h*w)
 
     def errors(view):
         index, pairs = next_step(view.visible, record.grid)

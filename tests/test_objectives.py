@@ -545,6 +545,14 @@ def test_spectral_counts_a_constant_offset_at_a_tenth():
     assert TERMS["spectral"](record).item() == pytest.approx(0.1 * 8 / 3)
 
 
+def test_fewer_visible_tokens_than_time_steps_have_no_spectrum():
+    record = make_record((4, 3, 5), 2)
+    few = [view._replace(visible=view.visible[:, :3].contiguous(), z=view.z[:, :3]) for view in record.views]
+    assert TERMS["spectral"](record._replace(views=few)) == 0
+    one_mask_with_few = record._replace(views=[record.views[0], few[1]])
+    torch.testing.assert_close(TERMS["spectral"](one_mask_with_few), naive_spectral(one_mask_with_few))
+
+
 def test_uniform_motion_has_a_difference_but_no_acceleration():
     record = make_record((5, 2, 3), 2)
     velocity = torch.linspace(0.01, 2.0, CHANNELS, dtype=torch.float64)
