@@ -680,7 +680,7 @@ def largest_kernels(trainer, clips, masks, count=3):
     return ", ".join(f"{name[:60]} {spent[name] / sum(spent.values()):.0%}" for name in largest)
 
 
-def plain_step(config, device, ranks, clips, masks):
+def time_plain_step(config, device, ranks, clips, masks):
     """Seconds for a clip in an uncompiled step in float32, attention by its mathematics, and how many clips a step had:
     half as often as their attention matrices are too large for the device."""
     trainer = Trainer(replace(config, compile="no"), device, ranks)
@@ -694,8 +694,8 @@ def plain_step(config, device, ranks, clips, masks):
             raise
     del trainer  # or its gradients would take memory while half of the clips are tried
     half = len(clips) // 2
-    return plain_step(config, device, ranks, clips[:half],
-                      [[(visible[:half], masked[:half]) for visible, masked in pair] for pair in masks])
+    return time_plain_step(config, device, ranks, clips[:half],
+                           [[(visible[:half], masked[:half]) for visible, masked in pair] for pair in masks])
 
 
 def benchmark_row(config, device, ranks, clips):
@@ -720,7 +720,7 @@ def benchmark_row(config, device, ranks, clips):
     # On a CPU the profiler would write its own complaints between the lines of the table.
     kernels = largest_kernels(trainer, clips, masks[:ROUND]) if device.type == "cuda" else ""
     del trainer
-    plain, plain_clips = plain_step(config, device, ranks, clips, masks)
+    plain, plain_clips = time_plain_step(config, device, ranks, clips, masks)
     ratio = f"{plain / (seconds / len(clips)):.2f}"
     if plain_clips < len(clips):
         ratio += f" (of a step of {plain_clips})"

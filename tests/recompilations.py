@@ -1,12 +1,14 @@
 """Compiled training steps as token counts change: how many graphs, how many breaks. A command, which a test runs too.
 
-    PYTHONPATH=. python tests/recompilations.py          ld, which has pairs and a head
-    PYTHONPATH=. python tests/recompilations.py all      all objectives, some minutes
+    python tests/recompilations.py          ld, which has pairs and a head
+    python tests/recompilations.py all      all objectives, some minutes
 """
 import sys
+from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from model import Size
 from objectives import OBJECTIVES

@@ -469,7 +469,7 @@ def memory_for(clips_at_most, monkeypatch):
 def test_where_memory_runs_out_the_plain_step_is_timed_on_fewer_clips(monkeypatch):
     config, clips, masks = small_step_parts(8)
     tried = memory_for(2, monkeypatch)
-    seconds, count = train.plain_step(config, torch.device("cpu"), 1, clips, masks)
+    seconds, count = train.time_plain_step(config, torch.device("cpu"), 1, clips, masks)
     assert count == 2 and seconds > 0 and tried == [8, 4, *[2] * (1 + train.ROUND)]
 
 
