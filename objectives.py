@@ -353,9 +353,15 @@ def spectral(record):
         found, place = found.int().topk((view.visible.shape[1] + t - 1) // t)  # (B, m) each
         index = index.view(-1, t, h * w).gather(2, place.unsqueeze(1).expand(-1, t, -1)).flatten(1)  # (B, t*m)
         difference = take(at_least_float32(view.z - take(record.h.detach(), view.visible)), index)  # (B, t*m, 4D)
-        spectrum = torch.fft.rfft(difference.unflatten(1, (t, place.shape[1])), dim=1)  # (B, t//2+1, m, 4D)
-        weight = torch.linspace(0.1, 1.0, spectrum.shape[1], device=spectrum.device, dtype=difference.dtype)
-        magnitude = weight.view(1, -1, 1, 1) * spectrum.abs()
+        difference = difference.unflatten(1, (t, place.shape[1]))  # (B, t, m, 4D)
+        # By its definition: torch.compile takes the results of torch.fft.rfft to lie in memory otherwise than they do.
+        frequency, time = (torch.arange(n, device=difference.device, dtype=difference.dtype) for n in (t // 2 + 1, t))
+        angle = 2 * math.pi / t * frequency.outer(time)  # (t//2+1, t)
+        waves = torch.stack((angle.cos(), angle.sin()))  # (2, t//2+1, t)
+        with torch.autocast(difference.device.type, enabled=False):
+            spectrum = torch.einsum("pft,btmc->pbfmc", waves, difference)  # (2, B, t//2+1, m, 4D), real and imaginary
+        weight = torch.linspace(0.1, 1.0, len(frequency), device=difference.device, dtype=difference.dtype)
+        magnitude = weight.view(1, -1, 1, 1) * torch.linalg.vector_norm(spectrum, dim=0)
         return magnitude.mean((1, 3)), found.bool() & (t >= 4)
     return mean_over_views(record, errors)
 

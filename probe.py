@@ -6,13 +6,15 @@
     ... --shots 1,5,10,20                     instead: learn from so few labelled clips per class
     ... --episodes 600                        instead: 5-way 1- and 5-shot episodes, nearest class mean
     ... --pictures                            instead: masks.png and features.png
-    --compare A.json B.json                   paired differences between two results
+    --compare A.json B.json                   paired differences between two results, draw by draw
+    --compare A0.json A1.json B0.json B1.json the same between several runs of A and as many of B, run by run
     --table DIR                               all runs of a sweep: means, differences to the baseline, a trade-off
 
 An encoder is evaluated on its last level alone (D of its 4D channels), as the study does. Features and results go into
 the checkpoint's folder. `--weights FILE --out DIR` takes V-JEPA 2.1 weights in the place of a checkpoint.
 """
 import argparse
+import csv
 import functools
 import hashlib
 import io
@@ -20,6 +22,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import sys
 from itertools import islice
 from pathlib import Path
@@ -532,24 +535,37 @@ def evaluate(subject, name, train_source, test_source, flags):
     print(f"written to {path}")
 
 
-def compare(first, second):
-    """Print B - A of every measurement that two results hold, paired draw by draw.
+def compare(paths):
+    """Print B - A of every measurement that all results hold: of the first half of the paths and of the second.
 
-    Raises ValueError where their draws do not match, or there is nothing to pair.
+    Two results are paired draw by draw. Several runs, of other training seeds, are paired run by run in the order
+    given, each by its mean over draws. Raises ValueError where draws do not match, or there is nothing to pair.
     """
-    a, b = (read_json(Path(path)).get("measurements") for path in (first, second))
-    if a is None or b is None:
-        raise ValueError(f"{first if a is None else second} is no result of probe.py")
-    if not a.keys() & b.keys():
-        raise ValueError(f"{first} and {second} have no measurement in common")
-    lines = [f"A = {first}", f"B = {second}", "B - A in points of top-1, paired draw by draw, with 95 % intervals"]
-    for name in [name for name in a if name in b]:
-        odd = [key for key, value in a[name]["how"].items() if b[name]["how"].get(key) != value]
-        if odd:
-            raise ValueError(f"the draws of '{name}' do not match: its {', '.join(odd)} differ between the two results")
-        difference = torch.tensor(b[name]["values"]) - torch.tensor(a[name]["values"])
+    if len(paths) % 2:
+        raise ValueError(f"--compare has {len(paths)} results; give as many of A as of B, first those of A")
+    found = {path: read_json(Path(path)).get("measurements") for path in paths}
+    for path in paths:
+        if found[path] is None:
+            raise ValueError(f"{path} is no result of probe.py")
+    pairs = list(zip(paths[:len(paths) // 2], paths[len(paths) // 2:]))
+    names = [name for name in found[paths[0]] if all(name in found[path] for path in paths)]
+    if not names:
+        raise ValueError(f"{' and '.join(paths)} have no measurement in common")
+    lines = [f"A = {a}\nB = {b}" for a, b in pairs]
+    lines.append(f"B - A in points of top-1, paired {'draw by draw' if len(pairs) == 1 else 'run by run'}, with 95 % "
+                 "intervals")
+    for name in names:
+        differences, means = [], []
+        for a, b in ((found[a][name], found[b][name]) for a, b in pairs):
+            odd = [key for key, value in a["how"].items() if b["how"].get(key) != value]
+            if odd:
+                raise ValueError(f"the draws of '{name}' do not match: its {', '.join(odd)} differ between results")
+            differences.append(torch.tensor(b["values"]) - torch.tensor(a["values"]))
+            means.append((a["mean"], b["mean"]))
+        difference = differences[0] if len(pairs) == 1 else torch.stack([each.mean() for each in differences])
         half = f"± {interval(difference):.2f}" if len(difference) > 1 else "(one value each: no interval)"
-        lines.append(f"{name:<36} {difference.mean():+6.2f} {half}   A {a[name]['mean']:.2f}, B {b[name]['mean']:.2f}")
+        a, b = (sum(side) / len(pairs) for side in zip(*means))
+        lines.append(f"{name:<36} {difference.mean():+6.2f} {half}   A {a:.2f}, B {b:.2f}")
     print("\n".join(lines))
 
 
@@ -648,12 +664,26 @@ HALVES = [(half, factor) for half in channel_groups(1) for factor in FACTORS]
 OWN_SETTINGS = ("objective", "seed", "as_released", "fwm_split", "ablate", "ema", "out", "device", "compile", "workers")
 
 
+LOGGED = ("pred, first", "pred, last", "hard_share, lowest", "hard_share, mean", "hard_share, last")
+
+
+def logged(path):
+    """Of a metrics.csv: {"pred, first": number, ...}, first, lowest, mean and last; of `hard_share` where there is one."""
+    lines, found = list(csv.DictReader(path.read_text().splitlines())), {}
+    for name in ("pred", "hard_share"):
+        if name in lines[0]:
+            values = [float(line[name]) for line in lines]
+            found |= {f"{name}, first": values[0], f"{name}, lowest": min(values),
+                      f"{name}, mean": statistics.mean(values), f"{name}, last": values[-1]}
+    return found
+
+
 def read_sweep(folder):
     """The finished runs of a sweep: {name: {seed: numbers}}, in the order of `OBJECTIVES`, any other name after them.
 
-    numbers: by (measurement, factor), and "effective rank" and "feature std" at the end of training. The name
-    "untrained" stands for what the runs of a seed began with. Raises ValueError where there is no run with
-    measurements, or runs have other settings than the rest.
+    numbers: by (measurement, factor), "effective rank" and "feature std" at the end of training, and what `logged`
+    finds. The name "untrained" stands for what the runs of a seed began with. Raises ValueError where there is no run
+    with measurements, or runs have other settings than the rest.
     """
     table, common = {}, None
     for path in sorted(Path(folder).glob("*-seed*/result.json")):
@@ -671,6 +701,7 @@ def read_sweep(folder):
             if part == "trained":
                 numbers["effective rank"] = float(result["last"]["effective_rank"])
                 numbers["feature std"] = float(result["last"]["feature_std"])
+                numbers |= logged(path.parent / "metrics.csv")
             table.setdefault(name, {})[result["config"]["seed"]] = numbers
     if not table:
         raise ValueError(f"{folder} holds no finished run with measurements; `python train.py --objective all --seeds "
@@ -755,6 +786,9 @@ def print_table(folder, reference):
         difference_cell(torch.tensor([numbers[f"dynamics {cut}", factor] - numbers[f"appearance {cut}", factor]
                                       for numbers in runs.values() if (f"dynamics {cut}", factor) in numbers]))
         for cut, factor in cuts] for name, runs in table.items() if name != "untrained"})
+    print("\nLogged while training (README, every logged number), mean ± standard deviation over seeds\n")
+    markdown(LOGGED, {name: [mean_cell(runs, column, 3) for column in LOGGED]
+                      for name, runs in table.items() if name != "untrained"})
     others = {name: runs for name, runs in table.items() if name not in ("untrained", reference)}
     if reference not in table or not others:
         return
@@ -897,7 +931,8 @@ def parse(arguments):
     parser.add_argument("--blob-clips", type=whole_numbers, metavar="TRAIN,TEST", default=(160, 40),
                         help="of the blobs benchmark; 160,40 as in the study")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read videos")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two results, results-*.json")
+    parser.add_argument("--compare", nargs="+", metavar="RESULT",
+                        help="two results-*.json, A and B; or those of several runs of A, then of as many of B")
     parser.add_argument("--table", metavar="DIR", help="the folder of a sweep, `train.py --seeds`")
     parser.add_argument("--reference", metavar="NAME",
                         help="of the table's differences: a run's name without -seedN [baseline]")
@@ -925,7 +960,7 @@ def main(arguments=None):
     try:
         flags = parse(arguments)
         if flags.compare:
-            compare(*flags.compare)
+            compare(flags.compare)
             return 0
         if flags.table:
             print_table(flags.table, flags.reference)

@@ -5,7 +5,6 @@ import csv
 import difflib
 import functools
 import io
-import itertools
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 import data
 import probe
-from model import LEVELS, SIZES, Encoder, Predictor, Size, level_normalise, load_foreign, token_grid
+from model import LEVELS, SIZES, Block, Encoder, Predictor, Size, level_normalise, load_foreign, token_grid
 from objectives import (ABLATIONS, OBJECTIVES, Record, View, as_released, coefficients, cut_by_level, losses,
                         make_heads, mean_over_ranks, motion_map, sample_masks)
 from synthetic import Shapes
@@ -197,7 +196,21 @@ class JEPA(nn.Module):
         grid = token_grid(*clips.shape[2:], self.encoder.patch, self.encoder.tubelet)
         h = self.targets(clips)  # (B, N, 4D)
         views = [self.view(clips, visible, masked, grid) for visible, masked in masks]
-        return losses(Record(clips, grid, h, views), self.objective, self.heads, weights), h.detach()
+        return self.losses(Record(clips, grid, h, views), weights), h.detach()
+
+    def losses(self, record, weights):
+        return losses(record, self.objective, self.heads, weights)
+
+    def compile(self, **options):
+        """Compile what takes the time: every transformer block, and the losses with all their terms.
+
+        All blocks of a network share one compiled graph, so this takes a quarter of what the step as a single graph
+        takes to compile, and the step is as fast. options: those of torch.compile.
+        """
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.compile(**options)
+        self.losses = torch.compile(self.losses, **options)
 
 
 def size_of(config):
@@ -341,8 +354,7 @@ class Trainer:
         self.update_target = get_ema_multi_avg_fn(config.ema)
         self.healthy = torch.ones((), dtype=torch.bool, device=device)  # read seldom: reading waits for the device
         self.autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-        self.compiled = config.compile == "yes" or config.compile == "auto" and device.type == "cuda"
-        if self.compiled:
+        if config.compile == "yes" or config.compile == "auto" and device.type == "cuda":
             self.model.compile()
         # A static graph may leave parameters without gradient: the released code's latent-dynamics head.
         self.forward = DistributedDataParallel(self.model, static_graph=True) if ranks > 1 else self.model
@@ -363,11 +375,6 @@ class Trainer:
         torch.manual_seed(self.config.seed * 1_000_003 + step)
         clips = clips.to(self.device, non_blocking=True)
         masks = [tuple(tokens.to(self.device, non_blocking=True) for tokens in mask) for mask in masks]
-        if self.compiled:
-            # Only token counts change from step to step. With dynamic=True, a count and a crop that are equal by chance
-            # at the first step would be taken for equal ever after, and the step compiled again when they are not.
-            for tokens in itertools.chain(*masks):
-                torch._dynamo.mark_dynamic(tokens, 1)
         weights = coefficients(self.objective, step, self.config.steps)
         # Tensors, since a compiled step would be compiled again for every new Python number.
         weights = dict(zip(weights, torch.tensor(list(weights.values())).to(self.device, non_blocking=True)))
@@ -522,10 +529,11 @@ def finish(trainer, folder):
     config, device, found = trainer.config, trainer.device, {}
     if config.probe_clips:
         encoders = {"untrained": build(config).encoder.to(device), "trained": getattr(trainer.model, trainer.evaluated)}
-        for name, encoder in encoders.items():
-            full = config.preset == "synthetic" and name == "trained"  # the rest takes long, or much memory
-            found[name] = probe.synthetic_results(encoder, config.frames, config.crop, config.probe_clips,
-                                                  attentive=full, channels=full)
+        with torch.compiler.set_stance("force_eager"):  # blocks would be compiled again for the probes' shapes
+            for name, encoder in encoders.items():
+                full = config.preset == "synthetic" and name == "trained"  # the rest takes long, or much memory
+                found[name] = probe.synthetic_results(encoder, config.frames, config.crop, config.probe_clips,
+                                                      attentive=full, channels=full)
         probe.show_synthetic({name: {kind: found[name][kind] for kind in ("linear", "attentive") if kind in found[name]}
                               for name in found})
     last = list(csv.DictReader((folder / "metrics.csv").open()))[-1]

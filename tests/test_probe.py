@@ -528,6 +528,24 @@ def test_two_checkpoints_get_the_same_draws_and_are_compared_in_pairs(two_result
         assert line.startswith(name) and f"{difference.mean():+.2f} ± {half:.2f}" in " ".join(line.split())
 
 
+def write_results(folder, values, **how):
+    """results.json with one measurement; values: a list of top-1 per run, of which each becomes a file."""
+    for number, each in enumerate(values):
+        probe.write_json(folder / f"{number}.json", {"measurements": {"all labels": {
+            "mean": sum(each) / len(each), "values": each, "how": how}}})
+    return [str(folder / f"{number}.json") for number in range(len(values))]
+
+
+def test_several_runs_are_compared_run_by_run(tmp_path, capsys):
+    """Means of A 50, 60, 70 and of B 61, 72, 83: differences 11, 12 and 13, t of 2 degrees of freedom is 4.3027."""
+    values = [[49.0, 51.0], [60.0, 60.0], [60.0, 80.0], [61.0, 61.0], [70.0, 74.0], [83.0, 83.0]]
+    paths = write_results(tmp_path, values, seed=0)
+    assert probe.main(["--compare", *paths]) == 0
+    assert f"+12.00 ± {4.3027 / 3 ** 0.5:.2f}   A 60.00, B 72.00" in capsys.readouterr().out
+    assert probe.main(["--compare", *paths[:3]]) == 1
+    assert "has 3 results; give as many of A as of B" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("change, sentence", [
     (["--seed", "1", "--shots", "1"], "'1-shot, attentive head' do not match: its seed differ"),
     (["--probe-epochs", "2", "--shots", "3"], "'3-shot, attentive head' do not match: its epochs differ"),
@@ -754,12 +772,16 @@ def test_foreign_weights_are_evaluated_like_a_checkpoint(tmp_path, quick_blobs, 
 
 
 def write_sweep(folder, direction, appearance):
-    """result.json of runs as train.py writes them. direction, appearance: {objective: a value per seed}; 3 decimals."""
+    """result.json and metrics.csv of runs as train.py writes them, the latter the same for every seed and with a
+    hard_share for hw. direction, appearance: {objective: a value per seed}; 3 decimals."""
     for name, values in direction.items():
         for seed, (first, second) in enumerate(zip(values, appearance[name])):
             found = {"linear": {"direction": first, "speed": 25.0, "appearance": second}}
             probe_run = folder / f"{name}-seed{seed}"
             probe_run.mkdir(parents=True)
+            share = [",hard_share", ",0.9", ",0.7", ",0.95"] if name == "hw" else [""] * 4
+            (probe_run / "metrics.csv").write_text("".join(f"{line}{more}\n" for line, more in zip(
+                ("step,pred", "0,0.75", "10,0.25", "19,0.5"), share)))
             (probe_run / "result.json").write_text(json.dumps({
                 "config": {"seed": seed}, "last": {"effective_rank": "7.5", "feature_std": "0.125"},
                 "trained": found, "untrained": {"linear": {"direction": 10.0, "speed": 25.0, "appearance": 20.0}}}))
@@ -779,7 +801,7 @@ def test_the_table_holds_means_deviations_and_paired_differences(tmp_path, capsy
     write_sweep(tmp_path, direction, {name: [70.0, 70.0, 71.0] for name in direction})
     assert probe.main(["--table", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    values, differences = table_of(text, 0), table_of(text, 3)
+    values, logged, differences = (table_of(text, number) for number in (0, 3, 4))
     assert list(values) == ["untrained", "baseline", "hw", "ld"] and list(differences) == ["hw", "ld"]
     for name, numbers in direction.items():
         mean = sum(numbers) / 3
@@ -794,18 +816,21 @@ def test_the_table_holds_means_deviations_and_paired_differences(tmp_path, capsy
             assert differences[name]["direction, linear"] == (cell if name == "ld" else f"({cell})")
     assert values["untrained"]["direction, linear"] == "10.0 ± 0.0" and values["ld"]["speed, attentive"] == "-"
     assert values["untrained"]["effective rank"] == "-" and values["ld"]["seeds"] == "3"
+    assert list(logged) == ["baseline", "hw", "ld"] and list(logged["ld"].values()) == [
+        "0.750 ± 0.000", "0.500 ± 0.000", "-", "-", "-"]
+    assert list(logged["hw"].values())[2:] == ["0.700 ± 0.000", "0.850 ± 0.000", "0.950 ± 0.000"]
 
 
 def test_seeds_that_only_one_of_two_has_are_left_out_of_the_difference(tmp_path, capsys):
     direction = {"baseline": [50.0, 51.0, 90.0], "ld": [60.0, 62.0], "hw": [7.0]}
     write_sweep(tmp_path, direction, {name: [70.0, 70.0, 71.0] for name in direction})
     assert probe.main(["--table", str(tmp_path)]) == 0
-    differences = table_of(capsys.readouterr().out, 3)
+    differences = table_of(capsys.readouterr().out, 4)
     # Differences 10 and 11: mean 10.5, deviation 0.7071, and t of 1 degree of freedom is 12.706.
     assert differences["ld"]["direction, linear"] == f"+10.5 ± {12.7062 * 0.5 ** 0.5 / 2 ** 0.5:.1f}"
     assert differences["hw"]["direction, linear"] == "-"
     assert probe.main(["--table", str(tmp_path), "--reference", "ld"]) == 0  # 50 - 60 and 51 - 62
-    differences = table_of(capsys.readouterr().out, 3)
+    differences = table_of(capsys.readouterr().out, 4)
     assert probe.main(["--table", str(tmp_path), "--reference", "fac"]) == 1
     assert "no run of 'fac' to compare with; it holds untrained, baseline, hw, ld" in capsys.readouterr().err
     assert differences["baseline"]["direction, linear"] == f"-10.5 ± {12.7062 * 0.5 ** 0.5 / 2 ** 0.5:.1f}"
