@@ -1,7 +1,7 @@
 """What Video JEPA is trained on: masks, the core loss, every auxiliary term, and the table of named objectives.
 
 A term is a function of one `Record` (one batch after the forward passes) to a scalar. It knows nothing of training.
-To add an objective, write one function and one line of `OBJECTIVES`.
+To add an objective, write one function, name it in `TERMS`, and add one line to `OBJECTIVES`.
 
 Notation of the equations: Z is z at a visible token and Z+ is z one time step later at the same row and column; H and
 H+ are the detached targets at the same two places. A "pair" is a visible token whose next one is visible too. |.| is
@@ -47,6 +47,7 @@ class Masking:
 
     @property
     def kinds(self):
+        """The two masks of a clip: fewer blocks where later time steps are hidden, too."""
         return (SHORT_RANGE, LONG_RANGE) if self.first_steps == 1.0 else (SHORT_RANGE._replace(blocks=4),
                                                                           LONG_RANGE._replace(blocks=1))
 
@@ -173,8 +174,8 @@ def mean_over_ranks(value):
 def mean_over_views(record, errors):
     """Average over masks of the mean error at a mask's valid positions; a mask without any is left out.
 
-    errors(view) -> (error, valid), both [B, n]. Each mean divides by the count that all ranks hold on average, so
-    that averaging gradients over ranks gives the gradient of the whole batch.
+    errors(view) -> (error, valid), both [B, n] (`spectral`: [B, places]). Each mean divides by the count that all ranks
+    hold on average, so that averaging gradients over ranks gives the gradient of the whole batch.
     """
     total, used = 0.0, 0.0
     for view in record.views:
@@ -349,12 +350,14 @@ def spectral(record):
         everywhere = torch.arange(t * h * w, device=view.visible.device).expand(len(view.visible), -1).contiguous()
         index = torch.searchsorted(view.visible, everywhere).clamp(max=view.visible.shape[1] - 1)  # (B, N)
         found = (view.visible.gather(1, index) == everywhere).view(-1, t, h * w).all(1)  # (B, h*w)
-        # How many there are the host could learn only by waiting for the GPU; but more than n / t there cannot be.
-        found, place = found.int().topk((view.visible.shape[1] + t - 1) // t)  # (B, m) each
+        # To learn how many there are, the host would have to wait for the GPU. There cannot be more than m = n / t,
+        # rounded up: take that many places, and `held` tells which of them are really visible throughout.
+        held, place = found.int().topk((view.visible.shape[1] + t - 1) // t)  # (B, m) each
         index = index.view(-1, t, h * w).gather(2, place.unsqueeze(1).expand(-1, t, -1)).flatten(1)  # (B, t*m)
         difference = take(at_least_float32(view.z - take(record.h.detach(), view.visible)), index)  # (B, t*m, 4D)
         difference = difference.unflatten(1, (t, place.shape[1]))  # (B, t, m, 4D)
-        # By its definition: torch.compile takes the results of torch.fft.rfft to lie in memory otherwise than they do.
+        # The transform by its definition, since a compiled step with torch.fft.rfft fails: the compiler is wrong about
+        # where its results lie in memory.
         frequency, time = (torch.arange(n, device=difference.device, dtype=difference.dtype) for n in (t // 2 + 1, t))
         angle = 2 * math.pi / t * frequency.outer(time)  # (t//2+1, t)
         waves = torch.stack((angle.cos(), angle.sin()))  # (2, t//2+1, t)
@@ -362,7 +365,7 @@ def spectral(record):
             spectrum = torch.einsum("pft,btmc->pbfmc", waves, difference)  # (2, B, t//2+1, m, 4D), real and imaginary
         weight = torch.linspace(0.1, 1.0, len(frequency), device=difference.device, dtype=difference.dtype)
         magnitude = weight.view(1, -1, 1, 1) * torch.linalg.vector_norm(spectrum, dim=0)
-        return magnitude.mean((1, 3)), found.bool() & (t >= 4)
+        return magnitude.mean((1, 3)), held.bool() & (t >= 4)
     return mean_over_views(record, errors)
 
 
@@ -442,11 +445,14 @@ def gelu_derivative(x):
 
 
 def energy_gradient(head, q, p):
-    """dE/dq and dE/dp of the energy network at (q, p), by the chain rule and itself differentiable."""
+    """dE/dq and dE/dp of the energy network at (q, p), by the chain rule and itself differentiable.
+
+    E = last(gelu(outer)), outer = second(gelu(inner)), inner = first(q, p).
+    """
     first, _, second, _, last = head
-    inner = first(torch.cat((q, p), dim=-1))
-    outer = second(F.gelu(inner))
-    gradient = (gelu_derivative(outer) * last.weight) @ second.weight
+    inner = first(torch.cat((q, p), dim=-1))  # (B, n, hidden)
+    outer = second(F.gelu(inner))  # (B, n, hidden)
+    gradient = (gelu_derivative(outer) * last.weight) @ second.weight  # (B, n, hidden)
     return ((gelu_derivative(inner) * gradient) @ first.weight).chunk(2, dim=-1)
 
 

@@ -108,7 +108,7 @@ def load_checkpoint(path):
 
 
 def make_encoder(config, state=None):
-    """The encoder of a saved config: with these weights, or as it was before the run's first step."""
+    """The encoder of a saved config: with these weights, or with the random ones of the run's seed."""
     torch.manual_seed(config["seed"])
     encoder = Encoder(SIZES[config["size"]], config["patch"], config["tubelet"])
     if state is not None:
@@ -648,7 +648,7 @@ def show_synthetic(rows):
     print(f"{'chance (5-way shots: 20)':<42}" + "".join(f"{100 / classes:12.1f}" for classes in FACTORS.values()))
 
 
-def synthetic_episodes(encoder, frames, crop, count=3072, way=5, episodes=EPISODES, seed=0):
+def synthetic_episodes(encoder, frames, crop, count=2304, way=5, episodes=EPISODES, seed=0):
     """Episodes of the direction and of the appearance: {"direction, 5-way 1-shot episodes": measurement, ...}."""
     train, test = synthetic_sets(encoder, frames, crop, count)
     return {f"{factor}, {name}": found for factor in ("direction", "appearance") for name, found in
@@ -668,7 +668,7 @@ LOGGED = ("pred, first", "pred, last", "hard_share, lowest", "hard_share, mean",
 
 
 def logged(path):
-    """Of a metrics.csv: {"pred, first": number, ...}, first, lowest, mean and last; of `hard_share` where there is one."""
+    """Of a metrics.csv: {"pred, first": number, ...}: first, lowest, mean and last, of `hard_share` too where it is."""
     lines, found = list(csv.DictReader(path.read_text().splitlines())), {}
     for name in ("pred", "hard_share"):
         if name in lines[0]:
@@ -912,7 +912,7 @@ def parse(arguments):
     parser.add_argument("--checkpoint", help="last.pt of a run folder")
     parser.add_argument("--weights", help="a V-JEPA 2.1 checkpoint, ViT-B or ViT-L")
     parser.add_argument("--out", metavar="DIR", help="folder for features and results; by default the checkpoint's")
-    parser.add_argument("--untrained", action="store_true", help="the same architecture with the weights it began with")
+    parser.add_argument("--untrained", action="store_true", help="the same with the random weights of the run's seed")
     parser.add_argument("--frames", type=at_least_one, help="of a clip; by default as in training, 16 for --weights")
     parser.add_argument("--crop", type=at_least_one, help="pixels; by default as in training, 224 for --weights")
     parser.add_argument("--benchmark", choices=BENCHMARKS)
@@ -927,7 +927,7 @@ def parse(arguments):
                         help=f"how many; {EPISODES} if not said")
     parser.add_argument("--way", type=at_least_one, default=5, help="classes of an episode")
     parser.add_argument("--pictures", action="store_true", help="of masks and features")
-    parser.add_argument("--clips", type=at_least_one, default=3072, help="moving-shape clips to train a probe on")
+    parser.add_argument("--clips", type=at_least_one, default=2304, help="moving-shape clips to train a probe on")
     parser.add_argument("--blob-clips", type=whole_numbers, metavar="TRAIN,TEST", default=(160, 40),
                         help="of the blobs benchmark; 160,40 as in the study")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read videos")

@@ -204,8 +204,8 @@ class JEPA(nn.Module):
     def compile(self, **options):
         """Compile what takes the time: every transformer block, and the losses with all their terms.
 
-        All blocks of a network share one compiled graph, so this takes a quarter of what the step as a single graph
-        takes to compile, and the step is as fast. options: those of torch.compile.
+        All blocks of a network share one compiled graph, so that this takes about a quarter of the time that the
+        step as a single graph would, and the step is as fast. options: those of torch.compile.
         """
         for module in self.modules():
             if isinstance(module, Block):
@@ -219,7 +219,7 @@ def size_of(config):
 
 
 def build(config):
-    """The networks of a run before its first step: a pure function of the seed."""
+    """The networks of a run with random weights: a pure function of the settings, the seed among them."""
     objective = OBJECTIVES[config.objective]
     if config.as_released:
         objective = as_released(objective)
@@ -273,7 +273,8 @@ def collapse_meter(h, most_tokens=4096):
     """Are the target features alive? h [B, N, 4D] -> effective rank, mean standard deviation of a channel.
 
     Effective rank: exp of the entropy of the normalised singular values of the centred token features (at most 4D).
-    Both fall towards 0 or 1 when all tokens look the same.
+    The deviation falls to 0 when all tokens look the same. The rank need not: it has no scale, and what little
+    difference is left may run in many directions.
     """
     tokens = h.flatten(0, 1).float()  # (B*N, 4D)
     tokens = tokens[:: max(1, len(tokens) // most_tokens)]
@@ -483,7 +484,7 @@ def train(config, resume=False):
                 stop.agree(device)
             stopping = stop.received and (log or ranks == 1)
             save = (step + 1) % config.save_every == 0 or final or stopping
-            if (log or save) and not trainer.healthy:  # here the host waits for the device, and nowhere else
+            if (log or save) and not trainer.healthy:  # at these steps alone the host waits for the device
                 raise FloatingPointError(f"the loss or its gradient was not finite by step {step}; {folder}/last.pt is "
                                          "the last good checkpoint, if there is one; try a lower --lr")
             if log:
@@ -557,8 +558,8 @@ def sweep(config, names, seeds, jobs):
     """Every objective with every seed, each a command of its own that can be run alone, `jobs` at a time.
 
     A run's folder is <out>/`run_name`. What is finished there is left alone, what was begun goes on. On a
-    CPU a run has one thread, so that its numbers do not depend on how many run beside it. Returns 0, a signal's
-    number, or 1 if a run failed; the others go on all the same.
+    CPU a run has one thread, so that its numbers do not depend on how many run beside it. Returns 0, 128 + a
+    signal's number, or 1 if a run failed; the others go on all the same.
     """
     if "WORLD_SIZE" in os.environ:
         raise ValueError("a sweep starts processes of its own; run it without torchrun")
@@ -690,7 +691,7 @@ def largest_kernels(trainer, clips, masks, count=3):
 
 def time_plain_step(config, device, ranks, clips, masks):
     """Seconds for a clip in an uncompiled step in float32, attention by its mathematics, and how many clips a step had:
-    half as often as their attention matrices are too large for the device."""
+    half of them, or half of that and so on, where their attention matrices are too large for the device."""
     trainer = Trainer(replace(config, compile="no"), device, ranks)
     trainer.autocast = nullcontext()
     try:

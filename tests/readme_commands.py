@@ -79,7 +79,10 @@ def run(call):
                  "--frames", "8", "--crop", "32"]
         if "--episodes" in flags:  # the miniature has three classes
             short += ["--episodes", "2", "--way", "3" if "--root" in flags else "5"]
-        return probe.main(flags if {"--compare", "--table"} & set(flags) else flags + short)
+        if "--compare" in flags:  # of several seeds the sweeps below have the first alone
+            paths = flags[1:]
+            return probe.main(["--compare", paths[0], paths[len(paths) // 2]])
+        return probe.main(flags if "--table" in flags else flags + short)
     short = [*SMALL, "--steps", "2", "--probe-clips", "192" if "--seeds" in flags else "0"]
     if "all" in flags:
         short += ["--objective", "baseline,ld"]
