@@ -547,25 +547,23 @@ def compare(paths):
     for path in paths:
         if found[path] is None:
             raise ValueError(f"{path} is no result of probe.py")
-    pairs = list(zip(paths[:len(paths) // 2], paths[len(paths) // 2:]))
     names = [name for name in found[paths[0]] if all(name in found[path] for path in paths)]
     if not names:
         raise ValueError(f"{' and '.join(paths)} have no measurement in common")
-    lines = [f"A = {a}\nB = {b}" for a, b in pairs]
-    lines.append(f"B - A in points of top-1, paired {'draw by draw' if len(pairs) == 1 else 'run by run'}, with 95 % "
+    halves = paths[:len(paths) // 2], paths[len(paths) // 2:]
+    lines = [f"A = {a}\nB = {b}" for a, b in zip(*halves)]
+    lines.append(f"B - A in points of top-1, paired {'draw by draw' if len(paths) == 2 else 'run by run'}, with 95 % "
                  "intervals")
     for name in names:
-        differences, means = [], []
-        for a, b in ((found[a][name], found[b][name]) for a, b in pairs):
-            odd = [key for key, value in a["how"].items() if b["how"].get(key) != value]
-            if odd:
-                raise ValueError(f"the draws of '{name}' do not match: its {', '.join(odd)} differ between results")
-            differences.append(torch.tensor(b["values"]) - torch.tensor(a["values"]))
-            means.append((a["mean"], b["mean"]))
-        difference = differences[0] if len(pairs) == 1 else torch.stack([each.mean() for each in differences])
+        odd = [key for key, value in found[paths[0]][name]["how"].items()
+               if any(found[path][name]["how"].get(key) != value for path in paths)]
+        if odd:
+            raise ValueError(f"the draws of '{name}' do not match: its {', '.join(odd)} differ between results")
+        a, b = (torch.tensor([found[path][name]["values"] for path in half], dtype=torch.float64)
+                for half in halves)  # (runs, draws) each
+        difference = (b - a)[0] if len(a) == 1 else (b - a).mean(1)
         half = f"± {interval(difference):.2f}" if len(difference) > 1 else "(one value each: no interval)"
-        a, b = (sum(side) / len(pairs) for side in zip(*means))
-        lines.append(f"{name:<36} {difference.mean():+6.2f} {half}   A {a:.2f}, B {b:.2f}")
+        lines.append(f"{name:<36} {difference.mean():+6.2f} {half}   A {a.mean():.2f}, B {b.mean():.2f}")
     print("\n".join(lines))
 
 
@@ -662,8 +660,6 @@ COLUMNS = [("linear", factor) for factor in FACTORS] + [("attentive", factor) fo
 HALVES = [(half, factor) for half in channel_groups(1) for factor in FACTORS]
 # What may differ between the runs of a sweep: it is in their names, or changes no number.
 OWN_SETTINGS = ("objective", "seed", "as_released", "fwm_split", "ablate", "ema", "out", "device", "compile", "workers")
-
-
 LOGGED = ("pred, first", "pred, last", "hard_share, lowest", "hard_share, mean", "hard_share, last")
 
 
@@ -682,7 +678,7 @@ def read_sweep(folder):
     """The finished runs of a sweep: {name: {seed: numbers}}, in the order of `OBJECTIVES`, any other name after them.
 
     numbers: by (measurement, factor), "effective rank" and "feature std" at the end of training, and what `logged`
-    finds. The name "untrained" stands for what the runs of a seed began with. Raises ValueError where there is no run
+    finds. The name "untrained" stands for the random weights of a seed. Raises ValueError where there is no run
     with measurements, or runs have other settings than the rest.
     """
     table, common = {}, None
@@ -764,9 +760,10 @@ ALIVE = 0.1  # feature std; what is below it at the end of training is called de
 
 
 def print_table(folder, reference):
-    """What a sweep found, as Markdown: measurements, the two halves of the channels, differences to the reference (the
-    name of a run without its seed; None for the baseline, if there), and over objectives the rank correlation of the
-    change in motion direction with the change in appearance. Raises ValueError where the reference is missing."""
+    """What a sweep found, as Markdown: measurements, the two halves of the channels, what was logged, differences to
+    the reference (the name of a run without its seed; None for the baseline, if there), and over objectives the rank
+    correlation of the change in motion direction with the change in appearance. Raises ValueError where the reference
+    is missing."""
     table = read_sweep(folder)
     if reference and reference not in table:
         raise ValueError(f"{folder} holds no run of '{reference}' to compare with; it holds {', '.join(table)}")

@@ -199,6 +199,7 @@ class JEPA(nn.Module):
         return self.losses(Record(clips, grid, h, views), weights), h.detach()
 
     def losses(self, record, weights):
+        """The losses by name; a method, so that `compile` can put a compiled one in its place."""
         return losses(record, self.objective, self.heads, weights)
 
     def compile(self, **options):
@@ -526,7 +527,7 @@ def train(config, resume=False):
 
 
 def finish(trainer, folder):
-    """Probe what the encoder learned, before and after training on the same clips; write it all to result.json."""
+    """Probe the trained encoder, and one with random weights on the same clips; write it all to result.json."""
     config, device, found = trainer.config, trainer.device, {}
     if config.probe_clips:
         encoders = {"untrained": build(config).encoder.to(device), "trained": getattr(trainer.model, trainer.evaluated)}

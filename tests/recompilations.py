@@ -1,8 +1,8 @@
 """Compiled training steps as token counts change: how many graphs, how many breaks. A command, which a test runs too.
 
     python tests/recompilations.py                             ld, which has pairs and a head
-    python tests/recompilations.py all                         all objectives, five minutes
-    python tests/recompilations.py all --backend inductor      the same with machine code, half an hour
+    python tests/recompilations.py all                         all objectives, some minutes
+    python tests/recompilations.py all --backend inductor      the same with machine code, much longer
 
 The losses of the first step must be those of an uncompiled one.
 """

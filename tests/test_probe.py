@@ -530,6 +530,7 @@ def test_two_checkpoints_get_the_same_draws_and_are_compared_in_pairs(two_result
 
 def write_results(folder, values, **how):
     """results.json with one measurement; values: a list of top-1 per run, of which each becomes a file."""
+    folder.mkdir(exist_ok=True)
     for number, each in enumerate(values):
         probe.write_json(folder / f"{number}.json", {"measurements": {"all labels": {
             "mean": sum(each) / len(each), "values": each, "how": how}}})
@@ -544,6 +545,9 @@ def test_several_runs_are_compared_run_by_run(tmp_path, capsys):
     assert f"+12.00 ± {4.3027 / 3 ** 0.5:.2f}   A 60.00, B 72.00" in capsys.readouterr().out
     assert probe.main(["--compare", *paths[:3]]) == 1
     assert "has 3 results; give as many of A as of B" in capsys.readouterr().err
+    other = write_results(tmp_path / "other", values[:2], seed=1)  # a pair alike, but not like the rest
+    assert probe.main(["--compare", paths[0], other[0], paths[1], other[1]]) == 1
+    assert "its seed differ" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change, sentence", [
