@@ -1,4 +1,5 @@
-"""What all tests share: one thread, and commands that run beside the tests until one of them asks for the outcome."""
+"""What all tests share: one thread, the study's datasets, and commands that run beside the tests until one of them asks
+for the outcome."""
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from miniature import write_datasets
 
 ROOT = Path(__file__).parent.parent
 STARTED = {}
@@ -29,6 +32,14 @@ def pytest_collection_finish(session):
                                        stderr=subprocess.PIPE, text=True, preexec_fn=lambda: os.nice(10),
                                        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
             STARTED[item.nodeid] = process, folder
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory):
+    """The folder of the study's four datasets, in a few clips."""
+    root = tmp_path_factory.mktemp("four datasets")
+    write_datasets(root)
+    return root
 
 
 @pytest.fixture

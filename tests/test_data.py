@@ -21,8 +21,7 @@ from torch.nn import functional as F
 
 import data
 from data import Unreadable, read_image, read_video
-from miniature import (DIVES, SYNSETS, UCF_CLASSES, Pipe, number_of, picture, write_datasets, write_packed_avi,
-                       write_video)
+from miniature import DIVES, SYNSETS, UCF_CLASSES, Pipe, number_of, picture, write_packed_avi, write_video
 
 
 def numbers_in(path, chosen):
@@ -610,13 +609,6 @@ def test_a_folder_without_videos(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ the four datasets
-
-
-@pytest.fixture(scope="module")
-def miniature(tmp_path_factory):
-    root = tmp_path_factory.mktemp("four datasets")
-    write_datasets(root)
-    return root
 
 
 @pytest.fixture
