@@ -842,17 +842,17 @@ def test_seeds_that_only_one_of_two_has_are_left_out_of_the_difference(tmp_path,
 
 
 def test_two_sweeps_agree_where_their_differences_have_one_sign(tmp_path, capsys):
-    """Of six differences the first sweep shows one, and the second sweep shows its opposite."""
+    """Of eight differences, two objectives in four columns, the first shows one, and the second its opposite."""
     direction = {"baseline": [50.0, 51.0, 55.0], "hw": [49.0, 60.0, 56.0], "ld": [60.0, 62.0, 64.0]}
     for name, ld in (("before", direction["ld"]), ("after", [40.0, 41.0, 45.5])):
         write_sweep(tmp_path / name, {**direction, "ld": ld}, dict.fromkeys(direction, [70.0, 70.0, 71.0]))
         assert probe.main(["--table", str(tmp_path / name)]) == 0
         (tmp_path / f"{name}.md").write_text("Of a README\n\n" + capsys.readouterr().out)
-    for second, sentences in (("before", ("1 have the same sign", "6 of all 6")),
-                              ("after", ("0 have the same sign", "1 are shown there", "5 of all 6"))):
+    for second, sentences in (("before", ("1 have the same sign", "8 of all 8")),
+                              ("after", ("0 have the same sign", "1 are shown there", "7 of all 8"))):
         sweeps_agree.main(tmp_path / "before.md", tmp_path / f"{second}.md")
         output = capsys.readouterr().out
-        assert output.startswith("1 of 6 differences") and all(sentence in output for sentence in sentences)
+        assert output.startswith("1 of 8 differences") and all(sentence in output for sentence in sentences)
     (tmp_path / "empty.md").write_text("")
     with pytest.raises(ValueError, match="empty.md holds no table"):
         sweeps_agree.main(tmp_path / "before.md", tmp_path / "empty.md")
