@@ -7,6 +7,7 @@
 A difference is shown where its 95 % interval does not hold zero. Two sweeps of the same seeds begin with the same
 weights and see the same clips; only rounding differs, by processor and version, and what grows from it.
 """
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -37,7 +38,11 @@ def main(before, after):
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("before", help="a file with the table of one sweep")
+    parser.add_argument("after", help="and of the other")
+    flags = parser.parse_args()
     try:
-        main(*sys.argv[1:])
-    except (OSError, TypeError, ValueError) as error:
+        main(flags.before, flags.after)
+    except (OSError, ValueError) as error:
         sys.exit(f"sweeps_agree.py: {error}")

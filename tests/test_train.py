@@ -397,7 +397,10 @@ def test_the_default_command_ends_with_the_table_and_the_probe_reads_what_it_wro
     assert list(table) == ["untrained: linear", "trained: linear", "trained: attentive"]
     assert str(run_folder) in output
     assert json.loads((run_folder / "config.json").read_text())["objective"] == "fwm_hw_ld"
-    untrained = probe.make_encoder(probe.load_checkpoint(run_folder / "last.pt")["config"])
+    checkpoint = probe.load_checkpoint(run_folder / "last.pt")
+    trained = probe.make_encoder(checkpoint["config"], checkpoint["target"])
+    assert probe.synthetic_results(trained, 8, 32, 192) == found["trained"]  # another process, the same numbers
+    untrained = probe.make_encoder(checkpoint["config"])
     beginning = train.build(train.parse(FIRST)[0]).encoder
     torch.testing.assert_close(untrained.state_dict(), beginning.state_dict(), rtol=0, atol=0)
     assert probe.main(["--table", str(finished[1])]) == 0  # four tables have a row of it
@@ -480,12 +483,14 @@ def test_a_batch_that_memory_does_not_hold_is_one_sentence(tmp_path, monkeypatch
     assert "memory for a step of --batch 4 of --size tiny" in error and "give a smaller one" in error
 
 
-def test_as_released_without_ema_the_evaluated_encoder_is_the_untrained_one(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("released", [True, False])
+def test_as_released_without_ema_the_evaluated_encoder_is_the_untrained_one(tmp_path, capsys, released, monkeypatch):
     monkeypatch.setattr(probe, "EPISODES", 5)
-    flags = ["--objective", "kinematic", "--as-released", "--lr", "1e-2", "--steps", "4", "--probe-clips", "192"]
-    assert train.main([*QUICK, *flags, "--out", str(tmp_path / "run")]) == 0
+    flags = [*QUICK, "--objective", "kinematic", "--lr", "1e-2", "--steps", "4", "--probe-clips", "192",
+             "--out", str(tmp_path / "run")]
+    assert train.main(flags + ["--as-released"] * released) == 0
     untrained, trained = re.findall(r"^(?:un)?trained: linear +(.*)$", capsys.readouterr().out, re.M)
-    assert untrained == trained
+    assert (untrained == trained) == released
 
 
 # -------------------------------------------------------------------------------- one ingredient taken away, a sweep
@@ -532,17 +537,19 @@ def test_a_target_that_never_learns_is_not_the_one_to_evaluate(tmp_path, flags, 
     assert equal == (flags == ["--ema", "0"])
 
 
-SWEEP = [*QUICK, "--seeds", "0,1", "--steps", "3"]
+SWEEP = [*QUICK, "--objective", "baseline,kinematic", "--seeds", "0,1", "--steps", "3"]
 
 
 @pytest.mark.command("train.py", *SWEEP, "--out", "OUT/study")
 def test_a_sweep_makes_every_run_once_and_each_as_it_would_be_alone(finished, monkeypatch, capsys):
     folder = finished[1] / "study"
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"baseline-seed0", "baseline-seed1"}
-    assert train.main([*QUICK, "--seed", "1", "--steps", "3", "--out", str(finished[1] / "alone")]) == 0
+    names = {f"{name}-seed{seed}" for name in ("baseline", "kinematic") for seed in (0, 1)}
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == names
+    alone = [*QUICK, "--objective", "kinematic", "--seed", "1", "--steps", "3"]
+    assert train.main([*alone, "--out", str(finished[1] / "alone")]) == 0
     for file in ("metrics.csv", "result.json"):
-        one, other = ((each / file).read_text() for each in (finished[1] / "alone", folder / "baseline-seed1"))
-        assert one.replace(str(finished[1] / "alone"), str(folder / "baseline-seed1")) == other
+        one, other = ((each / file).read_text() for each in (finished[1] / "alone", folder / "kinematic-seed1"))
+        assert one.replace(str(finished[1] / "alone"), str(folder / "kinematic-seed1")) == other
     # What is finished is left alone.
     kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")}
     assert train.main([*SWEEP, "--out", str(folder)]) == 0
@@ -565,7 +572,7 @@ def test_a_sweep_names_the_run_that_failed_and_finishes_the_others(tmp_path, cap
     assert (tmp_path / "study" / "baseline-seed0" / "result.json").exists()
 
 
-def test_a_signal_ends_a_sweep_and_its_runs_with_a_checkpoint(tmp_path, capsys):
+def test_a_signal_ends_a_sweep_and_its_runs_and_they_go_on(tmp_path, capsys):
     run_folder = tmp_path / "study" / "baseline-seed0"
     flags = [*QUICK, "--objective", "baseline", "--steps", "60"]
 
@@ -578,6 +585,9 @@ def test_a_signal_ends_a_sweep_and_its_runs_with_a_checkpoint(tmp_path, capsys):
     stopper.join()
     assert "goes on from there" in capsys.readouterr().out and not (run_folder / "result.json").exists()
     assert 3 < probe.load_checkpoint(run_folder / "last.pt")["step"] < 60
+    assert train.main([*flags, "--seed", "0", "--resume", "--out", str(run_folder)]) == 0
+    steps = [int(line.split(",")[0]) for line in (run_folder / "metrics.csv").read_text().splitlines()[1:]]
+    assert steps == list(range(60)) and (run_folder / "result.json").exists()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
