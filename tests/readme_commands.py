@@ -2,7 +2,7 @@
 
     python tests/readme_commands.py
 
-Each line that calls python or torchrun goes through bash, where these two only note what they were asked to run. Then
+Each line that calls python or torchrun goes through bash, where programs only note what they were asked to run. Then
 every noted command runs here, in a folder with what the README takes for granted (datasets, checkpoints, videos of
 one's own), with flags behind its own that make it short.
 """
@@ -48,13 +48,13 @@ def noted(lines, folder):
     """Every call of python or torchrun that bash makes of these lines: a list of arguments each."""
     notes, programs = folder / "notes", folder / "bin"
     programs.mkdir()
-    for name in ("python", "torchrun", "pip"):
+    for name in ("python", "torchrun", "pip", "git"):
         (programs / name).write_text(NOTE.format(python=sys.executable, notes=str(notes)))
         (programs / name).chmod(0o755)
-    subprocess.run(["bash", "-e"], input="\n".join(lines), text=True, check=True,
+    subprocess.run(["bash", "-e"], input="\n".join(lines), text=True, check=True, cwd=folder,
                    env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"})
     calls = [json.loads(line) for line in notes.read_text().splitlines()]
-    unique = {json.dumps(call): call for call in calls if Path(call[0]).name != "pip"}
+    unique = {json.dumps(call): call for call in calls if Path(call[0]).name not in ("pip", "git")}
     return list(unique.values())
 
 
