@@ -29,6 +29,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
@@ -195,7 +196,7 @@ def window(n, frames, step, generator):
 
 
 def fps_step(rate, fps):
-    """The frame step that brings a video of this rate to about so many frames per second: ceil(rate) // fps, or 1."""
+    """The largest frame step that leaves so many frames per second of this rate, rounded up: ceil(rate) // fps, or 1."""
     return max(1, math.ceil(rate) // fps)
 
 
@@ -392,7 +393,7 @@ MAX_BROKEN = 0.05  # the share of unreadable files with which a run may go on
 
 
 class Broken:
-    """What could not be read in a run, counted by dataset."""
+    """What could not be read since a process began, counted by dataset."""
 
     def __init__(self):
         self.clips, self.counts, self.files = 0, Counter(), {}
@@ -404,6 +405,18 @@ class Broken:
             self.counts[dataset] += 1
             self.files.setdefault(path, (dataset, reason))
 
+    def over_ranks(self):
+        """The same for all ranks of a distributed run together; each of them has to call it."""
+        if not dist.is_initialized():
+            return self
+        ranks, total = [None] * dist.get_world_size(), Broken()
+        dist.all_gather_object(ranks, self)
+        for each in ranks:
+            total.clips += each.clips
+            total.counts += each.counts
+            total.files |= each.files
+        return total
+
     @property
     def share(self):
         """Unreadable among all that was drawn."""
@@ -414,10 +427,15 @@ class Broken:
         return ", ".join(f"{count:,} of {dataset}" for dataset, count in sorted(self.counts.items())) or "none"
 
     def write(self, folder, first=100):
-        """The first files by name, each a line with dataset and reason, to `unreadable.txt`, if there are any."""
-        lines = [f"{dataset}\t{path}\t{reason}\n" for path, (dataset, reason) in list(self.files.items())[:first]]
-        if lines:
-            Path(folder, "unreadable.txt").write_text("".join(lines), encoding="utf-8")
+        """The first files by name, each a line with dataset and reason, to `unreadable.txt`, if there are any.
+
+        What the file holds of the run before it was resumed stays.
+        """
+        path = Path(folder, "unreadable.txt")
+        before = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        lines = [f"{dataset}\t{name}\t{reason}\n" for name, (dataset, reason) in self.files.items()]
+        if set(lines) - set(before) and len(before) < first:
+            path.write_text("".join(list(dict.fromkeys([*before, *lines]))[:first]), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------ videos of one's own
@@ -655,32 +673,30 @@ def check(root, workers):
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is no folder; give the one that holds the datasets, or videos of your own")
-    here, usable = set(), set()
+    usable = {}
     for name, dataset in DATASETS.items():
         try:
             files = dataset.read(root)
         except FileNotFoundError as missing:
             print(f"{dataset.title}: not here. {missing}")
             continue
-        here.add(name)
         print(f"{dataset.title}: {len(files.classes)} classes")
         for split, published in (("test", dataset.test), ("train", dataset.train)):
             paths = getattr(files, split).paths
             print(f"  {split}: {len(paths):,} of {published:,} published clips")
-            fine = inspect(f"{name} {split}", paths, dataset.source, workers)
-        if fine:
-            usable.add(name)
-        else:
+            usable[name] = inspect(f"{name} {split}", paths, dataset.source, workers)  # of the last one, train
+        if not usable[name]:
             print(f"  More than {MAX_BROKEN:.0%} of the training clips cannot be read: a run would stop.")
     place = shlex.quote(str(root))
-    if usable >= MIXED.keys():
+    if all(usable.get(name) for name in MIXED):
         command = f"--preset mixed --root {place}"
-    elif "ucf101" in usable:
+    elif usable.get("ucf101"):
         command = f"--preset ucf101 --root {place}"
     else:
         paths, _ = own_videos(root)
         print(f"Videos below {root}, of every split: {len(paths):,}")
-        if not here and not inspect("videos", paths, Videos, workers):
+        whole = usable and all(usable.values())  # then all were read already
+        if not whole and not inspect("videos", paths, Videos, workers):
             raise ValueError(f"more than {MAX_BROKEN:.0%} of the videos in {root} cannot be read: a run would stop")
         command = f"--data {place}"
     print(f"Train with: python train.py {command}")

@@ -70,7 +70,8 @@ class Rotary(nn.Module):
 
     Time, row and column each turn 2 * ((head_dim // 3) // 2) channels of every head, in this order; leftover
     channels have frequency zero and stay. A pair of neighbouring channels (2j, 2j+1) of an axis with m pairs turns
-    by position * 10000^(-j/m), so that a query-key product depends on the distance between tokens only.
+    by position * 10000^(-j/m), so that a query-key product depends on how far one token is from the other
+    along each axis, and not on where the two are.
     """
 
     def __init__(self, head_dim):
@@ -237,7 +238,7 @@ def load_foreign(path):
     The file holds a dict with the weights under "ema_encoder", "target_encoder" or "encoder"; the first of these that
     is there is taken, and named in "weights". Their names may begin with "module." and "backbone.". Every weight
     must be there and fit, and none may be left over, but for those that V-JEPA 2.1 uses for single pictures.
-    Raises FileNotFoundError, or ValueError for anything else that this file is.
+    Raises FileNotFoundError, or ValueError for any other file.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)  # tensors only: runs no code from the file

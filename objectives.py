@@ -350,8 +350,8 @@ def spectral(record):
         everywhere = torch.arange(t * h * w, device=view.visible.device).expand(len(view.visible), -1).contiguous()
         index = torch.searchsorted(view.visible, everywhere).clamp(max=view.visible.shape[1] - 1)  # (B, N)
         found = (view.visible.gather(1, index) == everywhere).view(-1, t, h * w).all(1)  # (B, h*w)
-        # To learn how many there are, the host would have to wait for the GPU. There cannot be more than m = n / t,
-        # rounded up: take that many places, and `held` tells which of them are really visible throughout.
+        # Counting them would make the host wait for the GPU. There cannot be more than m = n / t, rounded up: take that
+        # many places, and `held` tells which of them are really visible throughout.
         held, place = found.int().topk((view.visible.shape[1] + t - 1) // t)  # (B, m) each
         index = index.view(-1, t, h * w).gather(2, place.unsqueeze(1).expand(-1, t, -1)).flatten(1)  # (B, t*m)
         difference = take(at_least_float32(view.z - take(record.h.detach(), view.visible)), index)  # (B, t*m, 4D)

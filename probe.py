@@ -1,7 +1,7 @@
 """Measure what a frozen encoder knows: `python probe.py --checkpoint runs/NAME/last.pt`.
 
     (nothing more)                            moving shapes and blobs, generated: no data needed
-    --benchmark diving48 --root DIR           one of the study's five benchmarks, to the letter
+    --benchmark diving48 --root DIR           one of the study's five benchmarks
     --train-list A.csv --test-list B.csv      videos of one's own, a line `path label` each; as Diving-48
     ... --shots 1,5,10,20                     instead: learn from so few labelled clips per class
     ... --episodes 600                        instead: 5-way 1- and 5-shot episodes, nearest class mean
@@ -43,6 +43,7 @@ from synthetic import APPEARANCES, DIRECTIONS, SPEEDS, Blobs, Shapes
 
 HELD_OUT = 1_000_003  # seeds of the probes' clips: far from those of any training run
 WEIGHT_DECAY = 0.01
+BLOB_CLIPS = [160, 40]  # to train on, to test on, as in the study
 DRAWS = 5  # of the labelled clips, in k-shot
 EPISODES = 600
 QUERIES = 15  # test clips per class of an episode, or as many as there are
@@ -505,7 +506,13 @@ def evaluate(subject, name, train_source, test_source, flags):
     """
     recipe = BENCHMARKS.get(name, BENCHMARKS["diving48"])
     recipe = recipe._replace(epochs=flags.probe_epochs or recipe.epochs)
-    name, device = name + "-untrained" * flags.untrained, subject.encoder.video.device
+    frames, crop, device = subject.config["frames"], subject.config["crop"], subject.encoder.video.device
+    # In the folder, what is found on other clips or of another encoder stands beside the usual.
+    if name == "blobs" and flags.blob_clips != BLOB_CLIPS:
+        name += "-{}-{}".format(*flags.blob_clips)
+    if flags.frames or flags.crop:
+        name += f"-{frames}x{crop}"
+    name += "-untrained" * flags.untrained
     train, train_note = extract(subject, train_source, f"{name}-train", recipe.pooled, flags.workers)
     test, test_note = extract(subject, test_source, f"{name}-test", recipe.pooled, flags.workers)
     measurements = {}
@@ -528,7 +535,7 @@ def evaluate(subject, name, train_source, test_source, flags):
     write_json(path, {
         "benchmark": name, "encoder": subject.about, "checkpoint": flags.weights or flags.checkpoint,
         "sha256": encoder_fingerprint(subject.encoder),
-        "frames": subject.config["frames"], "crop": subject.config["crop"],
+        "frames": frames, "crop": crop,
         "train": {"clips": len(train.labels), "unreadable": [sentence for _, sentence in train_note["unreadable"]]},
         "test": {"clips": len(test.labels), "unreadable": [sentence for _, sentence in test_note["unreadable"]]},
         "identity": identity, "measurements": measurements})
@@ -790,10 +797,10 @@ def print_table(folder, reference):
     if reference not in table or not others:
         return
     base = table[reference]
-    print(f"\nDifference to {reference} in points, paired by seed, with 95 % intervals (Student's t over seeds; two "
-          "seeds at least).\nIn brackets: not shown, since the interval holds zero. Of 20 differences that do not "
-          "exist, one stands without brackets\n")
-    markdown([*columns, "effective rank (not in points)"], {
+    print(f"\nDifference to {reference}, paired by seed, in points (but effective rank), with 95 % intervals (Student's "
+          "t over seeds; two seeds at least).\nIn brackets: not shown, since the interval holds zero. Of 20 differences "
+          "that do not exist, one stands without brackets\n")
+    markdown([*columns, "effective rank"], {
         name: [difference_cell(paired_differences(runs, base, column)) for column in (*COLUMNS, "effective rank")]
         for name, runs in others.items()})
     named = [runs for name, runs in others.items() if name in OBJECTIVES]
@@ -859,6 +866,9 @@ def pictures(subject, clips):
     grid, patch = subject.grid, subject.config["patch"]
     frames = clips[:, :, ::subject.config["tubelet"]].transpose(1, 2) / 255  # (B, t, 3, H, W)
     mask_rows, feature_rows = [], []
+    if subject.config["objective"] not in OBJECTIVES:
+        raise ValueError(f"the run's objective '{subject.config['objective']}' is not in objectives.py, which would "
+                         "tell its masks; add it to OBJECTIVES there")
     masking = OBJECTIVES[subject.config["objective"]].masking
     motion = motion_map(data.normalise(clips), grid)
     for i in range(len(clips)):  # one by one, since the masks of a batch are cut to the smallest
@@ -925,7 +935,7 @@ def parse(arguments):
     parser.add_argument("--way", type=at_least_one, default=5, help="classes of an episode")
     parser.add_argument("--pictures", action="store_true", help="of masks and features")
     parser.add_argument("--clips", type=at_least_one, default=2304, help="moving-shape clips to train a probe on")
-    parser.add_argument("--blob-clips", type=whole_numbers, metavar="TRAIN,TEST", default=(160, 40),
+    parser.add_argument("--blob-clips", type=whole_numbers, metavar="TRAIN,TEST", default=BLOB_CLIPS,
                         help="of the blobs benchmark; 160,40 as in the study")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read videos")
     parser.add_argument("--compare", nargs="+", metavar="RESULT",

@@ -54,7 +54,7 @@ class Config:
     frames: int = setting(8, "frames of a clip")
     crop: int = setting(32, "height and width of a clip in pixels")
     frame_step: int = setting(1, "frames from one to the next")
-    fps: int = setting(0, "if given, the frame step is what comes nearest to so many frames per second")
+    fps: int = setting(0, "if given, the frame step is ceil(frames per second of the video) // this, at least 1")
     workers: int = setting(0, "loader processes")
     max_broken: float = setting(0.05, "stop when a larger share of the clips cannot be read")
     # model
@@ -350,7 +350,7 @@ class Trainer:
             self.start_from(config.weights)
         self.objective = self.model.objective
         # At momentum 1 the target never moves: what is learned is in the encoder.
-        self.evaluated = "encoder" if config.ema == 1 else self.objective.evaluated
+        self.evaluated = "encoder" if self.objective.ema and config.ema == 1 else self.objective.evaluated
         self.optimizer = make_optimizer(self.model, config)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.update_target = get_ema_multi_avg_fn(config.ema)
@@ -469,14 +469,14 @@ def train(config, resume=False):
         checkpoint = box[0]
     start = trainer.load(checkpoint) if checkpoint else 0
     metrics = Metrics(folder / "metrics.csv", start) if rank == 0 else None
-    broken = data.Broken()
+    broken = unreadable_here = data.Broken()
     peak, began, timed_from = peak_flops(device), time.perf_counter(), start
     title = f"{config.objective}, batch {config.batch} = {ranks} x {config.batch // ranks}"
     bar = tqdm(total=config.steps, initial=start, unit="step", disable=rank > 0, desc=title)
     with StopSignal() as stop, bar:
         for step, (clips, masks, unreadable) in enumerate(data.loader(batches, start, config.workers), start):
             values, h, gradient_norm = trainer.step(step, clips, masks)
-            broken.add(unreadable, len(clips))
+            unreadable_here.add(unreadable, len(clips))
             bar.update()
 
             final = step + 1 == config.steps
@@ -489,6 +489,7 @@ def train(config, resume=False):
                 raise FloatingPointError(f"the loss or its gradient was not finite by step {step}; {folder}/last.pt is "
                                          "the last good checkpoint, if there is one; try a lower --lr")
             if log:
+                broken = unreadable_here.over_ranks()
                 means = mean_over_ranks(torch.stack([value.float() for value in values.values()])).tolist()
             if log and rank == 0:
                 effective_rank, feature_std = (value.item() for value in collapse_meter(h))

@@ -75,8 +75,8 @@ def run(call):
     if script == "data.py":
         return data.main(flags)
     if script == "probe.py":
-        short = ["--probe-epochs", "1", "--clips", "192", "--workers", "0", "--blob-clips", "16,8", "--seeds", "2",
-                 "--frames", "8", "--crop", "32"]
+        short = ["--probe-epochs", "1", "--clips", "192", "--workers", "0", "--seeds", "2"]
+        short += ["--frames", "8", "--crop", "32"] if "--weights" in flags else []
         if "--episodes" in flags:  # the miniature has three classes
             short += ["--episodes", "2", "--way", "3" if "--root" in flags else "5"]
         if "--compare" in flags:  # of several seeds the sweeps below have the first alone
@@ -102,7 +102,7 @@ def run(call):
 def main():
     torch.set_num_threads(1)
     readme = (HERE.parent / "README.md").read_text()
-    train.WARMUP_STEPS, train.TIMED_ROUNDS = 1, 1
+    train.WARMUP_STEPS, train.TIMED_ROUNDS, probe.BLOB_CLIPS = 1, 1, [16, 8]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         calls = noted(commands_of(readme), folder)

@@ -542,6 +542,10 @@ def test_unreadable_items_are_replaced_by_others_of_their_dataset_and_counted(tm
     count.write(tmp_path, first=4)
     lines = (tmp_path / "unreadable.txt").read_text().splitlines()
     assert len(lines) == 4 and all(line.startswith("a\ta/") and line.endswith("\tit is bad") for line in lines)
+    resumed = data.Broken()  # the run goes on in another process, and nothing is lost
+    resumed.add([("b", "b/7", "cut short"), *broken], 5)
+    resumed.write(tmp_path, first=5)
+    assert (tmp_path / "unreadable.txt").read_text().splitlines() == [*lines, "b\tb/7\tcut short"]
 
 
 def test_batches_that_cannot_be_are_refused():
@@ -734,6 +738,11 @@ def test_check_names_what_cannot_be_read(copy, capsys):
     assert "More than 5% of the training clips cannot be read" in output
     assert "ImageNet-100: not here." in output
     assert output.endswith(f"Train with: python train.py --data {copy}\n")
+    for folder in ("20bn-something-something-v2", "rgb"):
+        shutil.rmtree(copy / folder)
+    with pytest.raises(ValueError, match="more than 5% of the videos"):  # one of nine, UCF-101's
+        data.check(copy, workers=0)
+    capsys.readouterr()
     broken.unlink()
     os.link(copy / "UCF-101" / "YoYo" / "v_YoYo_g08_c01.avi", broken)
     data.check(copy, workers=0)

@@ -475,7 +475,8 @@ def test_a_disk_that_is_too_small_is_told_before_work_begins(tmp_path, monkeypat
 
 
 def test_a_result_says_how_it_came_about(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BlobVideos", lambda seed, frames, crop, count: Clips(count // 4, [5], folder=seed))
+    monkeypatch.setattr(data, "BlobVideos", lambda seed, frames, crop, count:
+                        Clips(count // 4, [5], folder=seed, frames=frames))
     checkpoint = make_checkpoint(tmp_path)
     assert probe.main(["--checkpoint", checkpoint, "--benchmark", "blobs", "--seeds", "2", "--workers", "0"]) == 0
     found = result(tmp_path)
@@ -489,6 +490,12 @@ def test_a_result_says_how_it_came_about(tmp_path, monkeypatch):
     assert {**each["how"], "labels": 0} == {"head": "attentive", "pooled": False, "lr": 3e-4, "batch": 32,
                                             "epochs": 100, "weight_decay": 0.01, "seeds": [0, 1], "labels": 0}
     assert min(each["values"]) > 60  # classes differ in brightness, and chance is 12.5
+    flags = ["--checkpoint", checkpoint, "--benchmark", "blobs", "--probe-epochs", "1", "--workers", "0"]
+    kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for more, name in (["--blob-clips", "80,32"], "80-32"), (["--frames", "2"], "2x16"):
+        assert probe.main([*flags, *more]) == 0  # beside what is there
+        assert result(tmp_path, f"blobs-{name}")["measurements"]["all labels, attentive head"]["how"]["batch"] == 32
+    assert kept == {path: path.read_bytes() for path in kept}
     assert each["mean"] == pytest.approx(sum(each["values"]) / 2)
     assert each["deviation"] == pytest.approx(abs(each["values"][0] - each["values"][1]) / math.sqrt(2))
 
@@ -767,8 +774,8 @@ def test_foreign_weights_are_evaluated_like_a_checkpoint(tmp_path, quick_blobs, 
     flags = ["--weights", str(tmp_path / "w.pt"), "--out", str(tmp_path / "run"), "--frames", "4", "--crop", "16"]
     assert probe.main([*flags, "--benchmark", "blobs", "--probe-epochs", "1", "--workers", "0"]) == 0
     assert "tiny from 'target_encoder'" in capsys.readouterr().out
-    assert result(tmp_path / "run")["sha256"] == probe.encoder_fingerprint(source)
-    features = np.load(tmp_path / "run" / "features-blobs-test.npy")
+    assert result(tmp_path / "run", "blobs-4x16")["sha256"] == probe.encoder_fingerprint(source)
+    features = np.load(tmp_path / "run" / "features-blobs-4x16-test.npy")
     expected = naive_features(source, readable(Clips(40)))
     torch.testing.assert_close(torch.tensor(features).float(), expected, rtol=2e-3, atol=2e-3)
 
@@ -1013,17 +1020,19 @@ def test_a_checkpoint_of_other_code_is_refused_in_one_sentence(tmp_path, capsys,
     (["--checkpoint", "CHECKPOINT", "--benchmark", "blobs", "--frames", "34"], "34 are too many"),
     (["--checkpoint", "CHECKPOINT", "--benchmark", "blobs", "--crop", "30"], "does not divide into 8x8 patches"),
     (["--checkpoint", "CHECKPOINT", "--probe-epoch", "3"], "--probe-epoch"),
+    (["--checkpoint", "OTHER", "--pictures"], "'smooth' is not in objectives.py"),
     (["--checkpoint", "CHECKPOINT", "--clips", "20"], "at least 192"),
     (["--checkpoint", "CHECKPOINT", "--benchmark", "blobs", "--blob-clips", "160"], "two numbers"),
     (["--compare", "a.json", "b.json"], "a.json is no result"),
     (["--table", "nowhere"], "nowhere holds no finished run"),
 ])
 def test_bad_input_gives_one_sentence_and_writes_no_result(tmp_path, monkeypatch, capsys, flags, sentence):
-    checkpoint = make_checkpoint(tmp_path / "run")
+    checkpoints = {"CHECKPOINT": make_checkpoint(tmp_path / "run"),
+                   "OTHER": make_checkpoint(tmp_path / "other", objective="smooth")}
     monkeypatch.chdir(tmp_path)
     if "--way" in flags:
         monkeypatch.setattr(data, "BlobVideos", lambda seed, frames, crop, count: Clips(count, folder=seed))
-    assert probe.main([checkpoint if flag == "CHECKPOINT" else flag for flag in flags]) == 1
+    assert probe.main([checkpoints.get(flag, flag) for flag in flags]) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("probe.py: ") and sentence in message
     assert not list(tmp_path.rglob("results-*"))

@@ -129,3 +129,4 @@ def test_written_videos_come_back(tmp_path, kind):
         assert decoded.shape == clip.shape
         assert (decoded.float() - clip.float()).abs().mean() < 25  # lossy coding of sharp edges and noise
     assert synthetic.main(["--write", str(tmp_path / "out")]) == 1  # never into a folder that holds something
+    assert synthetic.main(["--write", str(tmp_path / "odd"), "--size", "63"]) == 1 and not (tmp_path / "odd").exists()

@@ -1,4 +1,5 @@
-"""Run by test_train.py: gradients of one rank with the whole batch beside two ranks with half each."""
+"""Run by test_train.py: gradients of one rank with the whole batch beside two ranks with half each, and what two ranks
+could not read."""
 import tempfile
 
 import torch
@@ -6,6 +7,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
+from data import Broken
 from model import Size
 from objectives import OBJECTIVES, coefficients, sample_masks
 from train import JEPA
@@ -36,6 +38,11 @@ def compare(rank, alone, clips, store):
         largest = max((a - b).abs().max() / b.abs().max().clamp(min=1e-12) for a, b in zip(found, expected))
         if rank == 0:
             print(name, f"{largest:.2e}", flush=True)
+    broken = Broken()
+    broken.add([("videos", f"rank{rank}.mp4", "cut short"), ("videos", "both.mp4", "cut short")], 10)
+    broken = broken.over_ranks()
+    if rank == 0:
+        print(f"unreadable: {broken}, share {broken.share:.2f},", *sorted(broken.files), flush=True)
     dist.destroy_process_group()
 
 
