@@ -196,7 +196,7 @@ def window(n, frames, step, generator):
 
 
 def fps_step(rate, fps):
-    """The largest frame step that leaves so many frames per second of this rate, rounded up: ceil(rate) // fps, or 1."""
+    """The largest frame step that leaves so many frames per second of this rate (rounded up), or 1."""
     return max(1, math.ceil(rate) // fps)
 
 

@@ -797,9 +797,9 @@ def print_table(folder, reference):
     if reference not in table or not others:
         return
     base = table[reference]
-    print(f"\nDifference to {reference}, paired by seed, in points (but effective rank), with 95 % intervals (Student's "
-          "t over seeds; two seeds at least).\nIn brackets: not shown, since the interval holds zero. Of 20 differences "
-          "that do not exist, one stands without brackets\n")
+    print(f"\nDifference to {reference}, paired by seed, in points (but effective rank), with 95 % intervals "
+          "(Student's t over seeds; two seeds at least).\nIn brackets: not shown, since the interval holds zero. Of 20 "
+          "differences that do not exist, one stands without brackets\n")
     markdown([*columns, "effective rank"], {
         name: [difference_cell(paired_differences(runs, base, column)) for column in (*COLUMNS, "effective rank")]
         for name, runs in others.items()})
