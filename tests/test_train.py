@@ -651,7 +651,8 @@ def test_objective_29_as_the_readme_adds_it(tmp_path, monkeypatch):
         monkeypatch.setattr(module, table, dict(getattr(module, table)))  # what is added goes with the copy
     monkeypatch.setattr(train, "OBJECTIVES", objectives.OBJECTIVES)
     monkeypatch.setattr(sys, "argv", ["mine.py", *QUICK, "--steps", "2", "--out", "run"])
-    exec(code, {"__name__": "__main__"})
+    with pytest.raises(SystemExit, match="^0$"):
+        exec(code, {"__name__": "__main__"})
     header, *lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     rows = [dict(zip(header.split(","), map(float, line.split(",")))) for line in lines]
     assert len(rows) == 2 and all(row["smooth"] > 0 for row in rows)
