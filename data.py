@@ -434,8 +434,9 @@ class Broken:
         path = Path(folder, "unreadable.txt")
         before = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         lines = [f"{dataset}\t{name}\t{reason}\n" for name, (dataset, reason) in self.files.items()]
-        if set(lines) - set(before) and len(before) < first:
-            path.write_text("".join(list(dict.fromkeys([*before, *lines]))[:first]), encoding="utf-8")
+        lines = list(dict.fromkeys([*before, *lines]))[:first]  # each once
+        if lines != before:
+            path.write_text("".join(lines), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------ videos of one's own

@@ -157,7 +157,7 @@ def main(arguments=None):
     flags = parser.parse_args(arguments)
     try:
         shapes = flags.kind == "shapes"
-        if flags.size % 2:
+        if shapes and flags.size % 2:
             raise ValueError(f"--size is {flags.size}, but the video format needs an even number of pixels")
         source = Shapes(flags.frames, flags.size, flags.seed) if shapes else Blobs(flags.seed)
         write_dataset(flags.write, source, flags.count, 8)

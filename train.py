@@ -520,6 +520,7 @@ def train(config, resume=False):
         else:
             finish(trainer, folder)
         if broken.files:
+            broken.write(folder)  # a signal may have come before the next log
             print(f"unreadable: {broken}; {folder}/unreadable.txt names the first")
         print(f"run folder: {folder}")
     if ranks > 1:
