@@ -1,5 +1,6 @@
 """What all tests share: one thread, the study's datasets, and commands that run beside the tests until one of them asks
 for the outcome."""
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -50,3 +51,14 @@ def finished(request):
     assert process.returncode == 0, errors
     yield output, Path(folder.name)
     folder.cleanup()
+
+
+@pytest.fixture
+def exit_status():
+    """Runs a function in a process of its own, a fork of this one, which may be killed; gives how it ended."""
+    def run(function):
+        process = multiprocessing.get_context("fork").Process(target=function)
+        process.start()
+        process.join(120)
+        return process.exitcode
+    return run

@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +22,6 @@ from model import SIZES, Encoder, Size, load_foreign
 from probe import BENCHMARKS, Labelled, Recipe
 from synthetic import Blobs, Shapes, write_dataset
 
-HERE = Path(__file__).parent
 CONFIG = {"seed": 0, "size": "tiny", "patch": 8, "tubelet": 2, "frames": 4, "crop": 16, "objective": "baseline",
           "as_released": False}
 
@@ -375,24 +372,14 @@ def test_features_are_the_last_level_of_every_clip_that_can_be_read(tmp_path, po
     torch.testing.assert_close(found.pool().features, torch.tensor(found.features).float().mean(1, keepdim=True))
 
 
-KILLED = """
-import sys
-sys.path[:0] = [{main!r}, {tests!r}]
-import data, torch, probe, test_probe
-torch.set_num_threads({threads})
-probe.SAVE_EVERY = 1
-data.BlobVideos = lambda seed, frames, crop, count: test_probe.Clips(count, [3, 20], 100, folder=seed)
-probe.main(["--checkpoint", {checkpoint!r}, "--benchmark", "blobs", "--workers", "0"])
-"""
-
-
-def test_a_killed_extraction_goes_on_and_writes_the_same_features_to_the_bit(tmp_path, monkeypatch):
+def test_a_killed_extraction_goes_on_and_writes_the_same_features_to_the_bit(tmp_path, monkeypatch, exit_status):
     """The source kills its own process when asked for clip 100, in the middle of a batch."""
+    flags = ["--benchmark", "blobs", "--workers", "0", "--probe-epochs", "1"]
     checkpoint = make_checkpoint(tmp_path / "killed")
-    script = KILLED.format(main=str(HERE.parent), tests=str(HERE), checkpoint=checkpoint,
-                           threads=torch.get_num_threads())
-    finished = subprocess.run([sys.executable, "-c", script], timeout=120)
-    assert finished.returncode == -signal.SIGKILL
+    with monkeypatch.context() as patch:
+        patch.setattr(probe, "SAVE_EVERY", 1)
+        patch.setattr(data, "BlobVideos", lambda seed, frames, crop, count: Clips(count, [3, 20], 100, folder=seed))
+        assert exit_status(lambda: probe.main(["--checkpoint", checkpoint, *flags])) == -signal.SIGKILL
     note = tmp_path / "killed" / "features-blobs-train.json"
     assert json.loads(note.read_text())["done"] == 96 and not list((tmp_path / "killed").glob("*.tmp"))
     sources = []
@@ -401,7 +388,6 @@ def test_a_killed_extraction_goes_on_and_writes_the_same_features_to_the_bit(tmp
         sources.append(Clips(count, [3, 20], folder=seed))
         return sources[-1]
     monkeypatch.setattr(data, "BlobVideos", remember)
-    flags = ["--benchmark", "blobs", "--workers", "0", "--probe-epochs", "1"]
     for folder, first in (("killed", 96), ("whole", 0)):
         assert probe.main(["--checkpoint", make_checkpoint(tmp_path / folder), *flags]) == 0
         assert sources[-2].read == list(range(first, 160))

@@ -3,10 +3,10 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -193,38 +193,32 @@ def resume(flags, uninterrupted):
     assert metrics.read_bytes() == uninterrupted
 
 
-KILLED = """
-import os, signal, sys, train
-step = train.Trainer.step
-def killed(trainer, number, *batch):
-    if number == 7:  # between two checkpoints
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(trainer, number, *batch)
-train.Trainer.step = killed
-train.main(sys.argv[1:])
-"""
+@contextmanager
+def signal_at(step, number):
+    """This process gets a signal when a run in it begins a step."""
+    whole = train.Trainer.step
+
+    def interrupted(trainer, number_of_step, *batch):
+        if number_of_step == step:
+            os.kill(os.getpid(), number)
+        return whole(trainer, number_of_step, *batch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Trainer, "step", interrupted)
+        yield
 
 
-def test_a_killed_run_goes_on_and_writes_the_same_metrics_to_the_bit(tmp_path, uninterrupted):
+def test_a_killed_run_goes_on_and_writes_the_same_metrics_to_the_bit(tmp_path, uninterrupted, exit_status):
     flags = [*QUICK, "--patch", "8", "--objective", "sigreg", "--out", str(tmp_path / "run")]
-    finished = subprocess.run([sys.executable, "-c", KILLED, *flags], cwd=ROOT, capture_output=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert finished.returncode == -signal.SIGKILL
+    with signal_at(7, signal.SIGKILL):  # between two checkpoints
+        assert exit_status(lambda: train.main(flags)) == -signal.SIGKILL
     assert probe.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 4
     resume(flags, uninterrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_with_a_checkpoint_of_that_step(tmp_path, uninterrupted, number, monkeypatch):
+def test_a_signal_ends_the_run_with_a_checkpoint_of_that_step(tmp_path, uninterrupted, number):
     flags = [*QUICK, "--patch", "8", "--objective", "sigreg", "--out", str(tmp_path / "run")]
-    step = train.Trainer.step
-
-    def interrupted(trainer, number_of_step, *batch):
-        if number_of_step == 5:  # between two regular checkpoints
-            os.kill(os.getpid(), number)
-        return step(trainer, number_of_step, *batch)
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "step", interrupted)
+    with signal_at(5, number):  # between two regular checkpoints
         assert train.main(flags) == 128 + number
     assert probe.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 6
     resume(flags, uninterrupted)
@@ -497,13 +491,14 @@ def test_a_batch_that_memory_does_not_hold_is_one_sentence(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("released", [True, False])
-def test_as_released_without_ema_the_evaluated_encoder_is_the_untrained_one(tmp_path, capsys, released, monkeypatch):
-    monkeypatch.setattr(probe, "EPISODES", 5)
-    flags = [*QUICK, "--objective", "kinematic", "--lr", "1e-2", "--steps", "4", "--probe-clips", "192",
-             "--out", str(tmp_path / "run")]
+def test_as_released_without_ema_the_evaluated_encoder_is_the_untrained_one(tmp_path, released, monkeypatch):
+    """The probe's figures are replaced by one that stands for the weights."""
+    monkeypatch.setattr(probe, "synthetic_results", lambda encoder, *sizes, **parts: {
+        "linear": dict.fromkeys(probe.FACTORS, sum(p.double().sum().item() for p in encoder.parameters()))})
+    flags = [*QUICK, "--objective", "kinematic", "--steps", "4", "--probe-clips", "192", "--out", str(tmp_path / "run")]
     assert train.main(flags + ["--as-released"] * released) == 0
-    untrained, trained = re.findall(r"^(?:un)?trained: linear +(.*)$", capsys.readouterr().out, re.M)
-    assert (untrained == trained) == released
+    found = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (found["untrained"] == found["trained"]) == released
 
 
 # -------------------------------------------------------------------------------- one ingredient taken away, a sweep
@@ -555,39 +550,33 @@ def test_a_target_that_never_learns_is_not_the_one_to_evaluate(tmp_path, flags, 
     assert equal == (flags == ["--ema", "0"])
 
 
-SWEEP = [*QUICK, "--objective", "baseline,kinematic", "--seeds", "0,1", "--steps", "3"]
+def test_a_sweep_makes_each_run_once_as_it_would_be_alone_and_names_one_that_failed(tmp_path, capfd):
+    """Of four, two are there already, and one meets a folder that is not its own."""
+    study, quick = tmp_path / "study", [*QUICK, "--steps", "3"]
+    for seed in ("0", "1"):
+        flags = ["--objective", "kinematic", "--seed", seed, "--out", str(study / f"kinematic-seed{seed}")]
+        assert train.main([*quick, *flags]) == 0
+    kept = {path: path.stat().st_mtime_ns for path in study.rglob("*.*")}
+    foreign_folder = study / "baseline-seed0"
+    foreign_folder.mkdir()
+    (foreign_folder / "notes.txt").write_text("mine")
 
-
-@pytest.mark.command("train.py", *SWEEP, "--out", "OUT/study")
-def test_a_sweep_makes_every_run_once_and_each_as_it_would_be_alone(finished, monkeypatch, capsys):
-    folder = finished[1] / "study"
-    names = {f"{name}-seed{seed}" for name in ("baseline", "kinematic") for seed in (0, 1)}
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == names
-    alone = [*QUICK, "--objective", "kinematic", "--seed", "1", "--steps", "3"]
-    assert train.main([*alone, "--out", str(finished[1] / "alone")]) == 0
-    for file in ("metrics.csv", "result.json"):
-        one, other = ((each / file).read_text() for each in (finished[1] / "alone", folder / "kinematic-seed1"))
-        assert one.replace(str(finished[1] / "alone"), str(folder / "kinematic-seed1")) == other
-    # What is finished is left alone.
-    kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")}
-    assert train.main([*SWEEP, "--out", str(folder)]) == 0
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")} == kept
-    # Other settings are refused.
-    capsys.readouterr()
-    assert train.main([*SWEEP, "--out", str(folder), "--lr", "1"]) == 1
-    assert "holds a different run" in capsys.readouterr().err
-
-
-def test_a_sweep_names_the_run_that_failed_and_finishes_the_others(tmp_path, capfd):
-    """hamiltonian meets a folder that is not its own."""
-    (tmp_path / "study" / "hamiltonian-seed0").mkdir(parents=True)
-    (tmp_path / "study" / "hamiltonian-seed0" / "notes.txt").write_text("mine")
-    flags = [*QUICK, "--objective", "baseline,hamiltonian", "--seeds", "0", "--steps", "1"]
-    assert train.main([*flags, "--out", str(tmp_path / "study")]) == 1
+    flags = [*quick, "--objective", "baseline,kinematic", "--seeds", "0,1", "--out", str(study)]
+    assert train.main(flags) == 1
     output, errors = capfd.readouterr()
-    assert "1 of 2 runs finished" in output
-    assert "hamiltonian-seed0 holds something that is not a run" in errors
-    assert (tmp_path / "study" / "baseline-seed0" / "result.json").exists()
+    assert "3 of 4 runs finished" in output and f"{foreign_folder} holds something that is not a run" in errors
+    names = {f"{name}-seed{seed}" for name in ("baseline", "kinematic") for seed in (0, 1)}
+    assert {path.name for path in study.iterdir() if path.is_dir()} == names
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+    alone = tmp_path / "alone"
+    assert train.main([*quick, "--objective", "baseline", "--seed", "1", "--out", str(alone)]) == 0
+    for file in ("metrics.csv", "result.json"):
+        one, other = ((each / file).read_text() for each in (alone, study / "baseline-seed1"))
+        assert one.replace(str(alone), str(study / "baseline-seed1")) == other
+    # Other settings are refused.
+    assert train.main([*flags, "--lr", "1"]) == 1
+    assert "holds a different run" in capfd.readouterr().err
 
 
 def test_a_signal_ends_a_sweep_and_its_runs_and_they_go_on(tmp_path, capsys):
