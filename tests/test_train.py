@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -595,6 +595,24 @@ def test_a_signal_ends_a_sweep_and_its_runs_and_they_go_on(tmp_path, capsys):
     assert train.main([*flags, "--seed", "0", "--resume", "--out", str(run_folder)]) == 0
     steps = [int(line.split(",")[0]) for line in (run_folder / "metrics.csv").read_text().splitlines()[1:]]
     assert steps == list(range(60)) and (run_folder / "result.json").exists()
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_a_step_with_every_term_reads_nothing_back_from_the_device(monkeypatch, ema):
+    """The device "meta" holds no numbers: to ask for one there, or to compute with tensors of the host, is an error."""
+    options = {"ld": {"hard": True, "dynamics_only": True}}
+    terms = {name: objectives.Term(1.0, options.get(name, {})) for name in objectives.TERMS}
+    monkeypatch.setitem(OBJECTIVES, "everything", objectives.Objective("both", "all terms", terms, ema=ema))
+    # Two that do not know this device.
+    monkeypatch.setattr(torch, "autocast", lambda *where, **how: nullcontext())
+    monkeypatch.setattr(train, "make_optimizer", lambda model, config: torch.optim.AdamW(model.parameters()))
+    config, _ = train.parse(["--objective", "everything", *QUICK])
+    trainer = train.Trainer(config, torch.device("meta"))
+    clips = torch.zeros(4, 3, 8, 16, 16, dtype=torch.uint8)
+    masks = train.draw_masks(clips, torch.Generator().manual_seed(0), (4, 4, 4), trainer.objective.masking)
+    values, h, gradient_norm = trainer.step(0, clips, masks)
+    assert values.keys() == {"pred", "ctx", *objectives.TERMS, "total", "hard_share"}
+    assert all(found.is_meta for found in (*values.values(), h, gradient_norm, trainer.healthy))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
