@@ -65,6 +65,18 @@ def motion_map(clips, grid):
     return torch.where(largest > 0, motion / largest, 0.0)
 
 
+def middle_pixels(clips, grid):
+    """All that `motion_map` looks at: clips [B, 3, T, H, W] -> [B, 3, T, h or 2h, w or 2w], with the same motion map.
+
+    Resizing to the grid reads the middle pixel of a cell, or the middle two, along each axis.
+    """
+    for axis, cells in ((3, grid[1]), (4, grid[2])):
+        clips = clips.unflatten(axis, (cells, -1))  # a cell's pixels stand in axis + 1
+        span = clips.shape[axis + 1]
+        clips = clips.narrow(axis + 1, (span - 1) // 2, 2 - span % 2).flatten(axis, axis + 1)
+    return clips
+
+
 def block_size(kind, grid, generator):
     """Draw the height and width (rows, columns) of a block: the kind's share of the frame, at a random aspect."""
     _, h, w = grid

@@ -30,7 +30,7 @@ import data
 import probe
 from model import LEVELS, SIZES, Block, Encoder, Predictor, Size, level_normalise, load_foreign, token_grid
 from objectives import (ABLATIONS, OBJECTIVES, Record, View, as_released, coefficients, cut_by_level, losses,
-                        make_heads, mean_over_ranks, motion_map, sample_masks)
+                        make_heads, mean_over_ranks, middle_pixels, motion_map, sample_masks)
 from synthetic import Shapes
 
 
@@ -248,7 +248,7 @@ def learning_rate(config, step):
 
 def draw_masks(clips, generator, grid, masking):
     """Masks of a batch of uint8 clips; a loader's worker calls this, so that no step waits for it."""
-    motion = motion_map(data.normalise(clips), grid) if masking.motion_strength else None
+    motion = motion_map(data.normalise(middle_pixels(clips, grid)), grid) if masking.motion_strength else None
     return sample_masks(len(clips), grid, masking, generator, motion)
 
 
@@ -715,8 +715,7 @@ def benchmark_row(config, device, ranks, clips):
     objective, generator = build(config).objective, torch.Generator().manual_seed(config.seed)
     grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
     count = WARMUP_STEPS + TIMED_ROUNDS * ROUND
-    motion = motion_map(data.normalise(clips), grid).cpu() if objective.masking.motion_strength else None
-    masks = [sample_masks(len(clips), grid, objective.masking, generator, motion) for _ in range(count)]
+    masks = [draw_masks(clips.cpu(), generator, grid, objective.masking) for _ in range(count)]
     masks = [[(visible.to(device), masked.to(device)) for visible, masked in pair] for pair in masks]
     warm_up, masks = masks[:WARMUP_STEPS], masks[WARMUP_STEPS:]
     torch._dynamo.reset()  # every objective compiles the same functions, and there is a limit to how often

@@ -18,7 +18,7 @@ from torch import nn
 from model import take
 from objectives import (OBJECTIVES, TERMS, MaskKind, Masking, Record, View, as_released, block_size, coefficients,
                         context, cut_by_level, distance_to_masked, draw_mask, epps_pulley, hard_share, losses,
-                        make_heads, motion_map, prediction, sample_masks)
+                        make_heads, middle_pixels, motion_map, prediction, sample_masks)
 
 LEVEL_WIDTH = 3  # D
 CHANNELS = 4 * LEVEL_WIDTH
@@ -1056,6 +1056,15 @@ def test_motion_map_equals_the_naive_one(shape, grid):
     expected = np.stack([naive_motion_map(clip, grid) for clip in clips.numpy()])
     torch.testing.assert_close(motion, torch.from_numpy(expected), rtol=1e-9, atol=1e-12)
     assert torch.equal(motion.amax((1, 2, 3)), torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape, grid, kept", [((8, 32, 32), (4, 4, 4), (8, 8)), ((4, 64, 48), (2, 4, 3), (8, 6)),
+                                               ((9, 20, 15), (3, 4, 3), (4, 3)), ((4, 14, 6), (2, 7, 6), (14, 6))])
+def test_the_middle_pixels_of_cells_have_the_same_motion_map(shape, grid, kept):
+    clips = torch.randn(3, 3, *shape, generator=torch.Generator().manual_seed(0))
+    few = middle_pixels(clips, grid)
+    assert few.shape == (3, 3, shape[0], *kept)
+    assert torch.equal(motion_map(few, grid), motion_map(clips, grid))
 
 
 def test_still_clip_has_no_motion_and_leaves_its_neighbour_alone():
