@@ -117,7 +117,7 @@ class Blobs:
         pixel = torch.arange(self.SIZE) + 0.5
         x, y = pixel - centre[:, :1], pixel - centre[:, 1:]  # (T, size) each
         disc = x[:, None, :] ** 2 + y[:, :, None] ** 2 < self.RADIUS ** 2  # (T, size, size)
-        return torch.where(disc, 230, noise).to(torch.uint8), self.label(item)
+        return noise.masked_fill(disc, 230), self.label(item)
 
 
 def write_video(path, clip, fps, codec="libx264"):
