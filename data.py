@@ -196,7 +196,7 @@ def window(n, frames, step, generator):
 
 
 def fps_step(rate, fps):
-    """The largest frame step that leaves so many frames per second of this rate (rounded up), or 1."""
+    """The frame step that leaves about `fps` frames per second of `rate`: ceil(rate) // fps, at least 1."""
     return max(1, math.ceil(rate) // fps)
 
 
@@ -266,11 +266,8 @@ class Videos:
 
 
 class Images(Videos):
-    """Clips of image files: each stands still for all of the clip."""
+    """Clips of image files: each stands still for all of the clip, whatever step or fps."""
     resize_for_evaluation = InterpolationMode.BICUBIC
-
-    def __init__(self, paths, labels, frames, crop, name="images"):
-        super().__init__(paths, labels, frames, crop, name=name)
 
     def read(self, path, choose):
         return torch.from_numpy(read_image(path).frames).permute(0, 3, 1, 2)
@@ -386,7 +383,7 @@ def loader(batches, start=0, workers=0):
     """The batches from step `start` on, prepared by so many processes (their torch runs one thread each)."""
     # With a generator of its own, the loader leaves the global one alone: a resumed run must not find it moved.
     return DataLoader(batches, batch_size=None, sampler=range(start, len(batches)), num_workers=workers,
-                      pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0, generator=torch.Generator())
+                      pin_memory=torch.cuda.is_available(), generator=torch.Generator())
 
 
 MAX_BROKEN = 0.05  # the share of unreadable files with which a run may go on
@@ -431,12 +428,12 @@ class Broken:
 
         What the file holds of the run before it was resumed stays.
         """
-        path = Path(folder, "unreadable.txt")
-        before = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        path, how = Path(folder, "unreadable.txt"), {"encoding": "utf-8", "errors": "surrogateescape"}  # any file name
+        before = path.read_text(**how).splitlines(keepends=True) if path.exists() else []
         lines = [f"{dataset}\t{name}\t{reason}\n" for name, (dataset, reason) in self.files.items()]
         lines = list(dict.fromkeys([*before, *lines]))[:first]  # each once
         if lines != before:
-            path.write_text("".join(lines), encoding="utf-8")
+            path.write_text("".join(lines), **how)
 
 
 # ------------------------------------------------------------------------------------------ videos of one's own
@@ -453,10 +450,10 @@ class Split(NamedTuple):
 def own_videos(path):
     """The videos of a list file, or all videos below a folder, as a Split.
 
-    A line of a list is `path` or `path label`, parted by a comma, a semicolon, a tab or spaces. The label is the whole
-    number at its end; all before it is the path, which ends in a suffix like .mp4, may hold spaces and commas, may
-    stand in double quotes, and counts from the list's own folder. Empty lines are skipped.
-    Raises FileNotFoundError where there is nothing, ValueError for a line that is neither (with its number).
+    A line of a list is `path` or `path label`, separated by a comma, a semicolon, a tab or spaces. The label is the
+    whole number at its end; all before it is the path, which ends in a suffix like .mp4, may hold spaces and commas,
+    may stand in double quotes, and is relative to the list's folder. Empty lines are skipped.
+    Raises FileNotFoundError where there is nothing, ValueError for a wrong line (with its number).
     """
     path = Path(path)
     if path.is_dir():
@@ -619,8 +616,6 @@ def open_dataset(name, root, split, frames, crop, **spacing):
     """The "train" or "test" split of one of the DATASETS as a source. spacing: step or fps of `Videos`."""
     dataset = DATASETS[name]
     files = getattr(dataset.read(Path(root)), split)
-    if dataset.source is Images:
-        spacing = {}
     return dataset.source(*files, frames, crop, name=name, **spacing)
 
 
@@ -685,7 +680,9 @@ def check(root, workers):
         for split, published in (("test", dataset.test), ("train", dataset.train)):
             paths = getattr(files, split).paths
             print(f"  {split}: {len(paths):,} of {published:,} published clips")
-            usable[name] = inspect(f"{name} {split}", paths, dataset.source, workers)  # of the last one, train
+            whole = inspect(f"{name} {split}", paths, dataset.source, workers)
+            if split == "train":
+                usable[name] = whole
         if not usable[name]:
             print(f"  More than {MAX_BROKEN:.0%} of the training clips cannot be read: a run would stop.")
     place = shlex.quote(str(root))
@@ -696,8 +693,7 @@ def check(root, workers):
     else:
         paths, _ = own_videos(root)
         print(f"Videos below {root}, of every split: {len(paths):,}")
-        whole = usable and all(usable.values())  # then all were read already
-        if not whole and not inspect("videos", paths, Videos, workers):
+        if not inspect("videos", paths, Videos, workers):
             raise ValueError(f"more than {MAX_BROKEN:.0%} of the videos in {root} cannot be read: a run would stop")
         command = f"--data {place}"
     print(f"Train with: python train.py {command}")
@@ -710,6 +706,9 @@ def main(arguments=None):
     flags = parser.parse_args(arguments)
     try:
         check(flags.check, flags.workers)
+    except KeyboardInterrupt:
+        print("data.py: stopped", file=sys.stderr)
+        return 130
     except (OSError, ValueError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 1

@@ -100,9 +100,10 @@ def load_checkpoint(path):
         raise ValueError(f"{path} is not a checkpoint, or was cut short ({reason})") from None
     if not isinstance(checkpoint, dict) or not {"config", "evaluated", "encoder", "target"} <= checkpoint.keys():
         raise ValueError(f"{path} was not written by this project's train.py")
-    config = checkpoint["config"]
-    with torch.device("meta"):  # shapes without memory
-        wanted = Encoder(SIZES[config["size"]], config["patch"], config["tubelet"]).state_dict()
+    config, wanted = checkpoint["config"], {}
+    if config["size"] in SIZES:
+        with torch.device("meta"):  # shapes without memory
+            wanted = Encoder(SIZES[config["size"]], config["patch"], config["tubelet"]).state_dict()
     if {name: x.shape for name, x in checkpoint["encoder"].items()} != {name: x.shape for name, x in wanted.items()}:
         raise ValueError(f"{path} holds an encoder of another version of model.py; train it again with this one")
     return checkpoint
@@ -170,6 +171,7 @@ def last_level(encoder, clips):
 
 BATCH = 16  # clips
 SAVE_EVERY = 8  # batches between two notes of how far extraction has come
+MOST_CLASSES = 100_000  # a head has an output for each; a larger label is a date or an identifier
 
 
 def open_sources(flags, frames, crop):
@@ -179,7 +181,10 @@ def open_sources(flags, frames, crop):
         for path, source in zip((flags.train_list, flags.test_list), sources):
             if source.labels is None:
                 raise ValueError(f"{path} gives no labels; a line of it should be `path label`")
-        return f"own-{Path(flags.test_list).stem}", *sources
+            if max(source.labels) >= MOST_CLASSES:
+                raise ValueError(f"{path} has the label {max(source.labels)}; labels number the classes from 0")
+        place = Path(flags.test_list).resolve()
+        return f"own-{place.parent.name}-{place.stem}", *sources
     if flags.benchmark in (None, "blobs"):
         if frames > Blobs.FRAMES:
             raise ValueError(f"blobs have {Blobs.FRAMES} frames, {frames} are too many; choose fewer --frames")
@@ -249,10 +254,11 @@ def open_features(path, shape, identity):
     """
     note = path.with_suffix(".json")
     before = read_json(note)
-    if before.get("identity") == identity and path.exists():
+    if before.get("identity") == identity:
         try:
+            np.load(path, mmap_mode="r")  # "r+" would fill up a file that was cut short with zeros
             return np.load(path, mmap_mode="r+"), before
-        except ValueError:  # cut short
+        except (FileNotFoundError, EOFError, ValueError):
             pass
     note.unlink(missing_ok=True)
     path.unlink(missing_ok=True)
@@ -507,7 +513,7 @@ def evaluate(subject, name, train_source, test_source, flags):
     recipe = BENCHMARKS.get(name, BENCHMARKS["diving48"])
     recipe = recipe._replace(epochs=flags.probe_epochs or recipe.epochs)
     frames, crop, device = subject.config["frames"], subject.config["crop"], subject.encoder.video.device
-    # In the folder, what is found on other clips or of another encoder stands beside the usual.
+    # Other clips than usual, or the untrained encoder, have files of their own.
     if name == "blobs" and flags.blob_clips != BLOB_CLIPS:
         name += "-{}-{}".format(*flags.blob_clips)
     if flags.frames or flags.crop:
@@ -553,7 +559,7 @@ def compare(paths):
     found = {path: read_json(Path(path)).get("measurements") for path in paths}
     for path in paths:
         if found[path] is None:
-            raise ValueError(f"{path} is no result of probe.py")
+            raise ValueError(f"{path} is missing, or is no result of probe.py")
     names = [name for name in found[paths[0]] if all(name in found[path] for path in paths)]
     if not names:
         raise ValueError(f"{' and '.join(paths)} have no measurement in common")
@@ -569,8 +575,8 @@ def compare(paths):
         a, b = (torch.tensor([found[path][name]["values"] for path in half], dtype=torch.float64)
                 for half in halves)  # (runs, draws) each
         difference = (b - a)[0] if len(a) == 1 else (b - a).mean(1)
-        half = f"± {interval(difference):.2f}" if len(difference) > 1 else "(one value each: no interval)"
-        lines.append(f"{name:<36} {difference.mean():+6.2f} {half}   A {a.mean():.2f}, B {b.mean():.2f}")
+        spread = f"± {interval(difference):.2f}" if len(difference) > 1 else "(one value each: no interval)"
+        lines.append(f"{name:<36} {difference.mean():+6.2f} {spread}   A {a.mean():.2f}, B {b.mean():.2f}")
     print("\n".join(lines))
 
 
@@ -615,13 +621,14 @@ def channel_groups(width):
     return groups
 
 
-def synthetic_results(encoder, frames, crop, count, seed=0, attentive=True, channels=True, progress=False):
+def synthetic_results(encoder, frames, crop, count, seed=0, full=True, progress=False):
     """All that the moving-shape clips tell of an encoder: {measurement: {factor: top-1 %}}.
 
     "linear" and "attentive" heads on the last level; "1-shot" and "5-shot": 600 episodes of 5 classes on its mean over
     tokens; and linear heads on each half of all four levels' channels, for both ways to cut them (`channel_groups`).
+    Without `full` neither attentive heads, which take memory for all tokens, nor halves, which take time.
     """
-    train, test = synthetic_sets(encoder, frames, crop, count, keep_tokens=attentive)
+    train, test = synthetic_sets(encoder, frames, crop, count, keep_tokens=full)
     device, found = encoder.video.device, {}
 
     def measure(name, recipe, select):
@@ -629,14 +636,14 @@ def synthetic_results(encoder, frames, crop, count, seed=0, attentive=True, chan
         found[name] = {factor: accuracy(recipe, select(train, factor), select(test, factor), seed, device,
                                         f"{name}, {factor}" if progress else "") for factor in FACTORS}
     measure("linear", SYNTHETIC["linear"], Generated.pooled)
-    if attentive:
+    if full:
         measure("attentive", SYNTHETIC["attentive"],
                 lambda clips, factor: Labelled(clips.tokens, clips.factors[factor]))
     for shot in (1, 5):
         found[f"{shot}-shot"] = {
             factor: episode_accuracies(train.pooled(factor), test.pooled(factor), 5, shot, EPISODES, seed).mean().item()
             for factor in ("direction", "appearance")}
-    if channels:
+    if full:
         for name, group in channel_groups(encoder.video.shape[-1]).items():
             measure(name, SYNTHETIC["linear"],
                     lambda clips, factor: Labelled(clips.levels[..., group.to(device)], clips.factors[factor]))
@@ -767,10 +774,11 @@ ALIVE = 0.1  # feature std; what is below it at the end of training is called de
 
 
 def print_table(folder, reference):
-    """What a sweep found, as Markdown: measurements, the two halves of the channels, what was logged, differences to
-    the reference (the name of a run without its seed; None for the baseline, if there), and over objectives the rank
-    correlation of the change in motion direction with the change in appearance. Raises ValueError where the reference
-    is missing."""
+    """Print what a sweep found as Markdown tables, and the rank correlation of motion with appearance.
+
+    reference: what differences are taken to, the name of a run without its seed; None for the baseline, if there is
+    one. Raises ValueError where the reference is missing.
+    """
     table = read_sweep(folder)
     if reference and reference not in table:
         raise ValueError(f"{folder} holds no run of '{reference}' to compare with; it holds {', '.join(table)}")
@@ -975,20 +983,25 @@ def main(arguments=None):
         subject = open_subject(flags)
         generated = not (flags.benchmark or flags.train_list)
         frames, crop = subject.config["frames"], subject.config["crop"]
-        name, train, test = open_sources(flags, frames, crop)
+        only_shapes = generated and (flags.pictures or flags.episodes)
+        sources = None if only_shapes else open_sources(flags, frames, crop)
         print(subject.about)
         if flags.pictures:
-            pictures(subject, Shapes(frames, crop, HELD_OUT).clips(range(4)) if generated else some_clips(test))
-        elif generated and flags.episodes:
+            pictures(subject, Shapes(frames, crop, HELD_OUT).clips(range(4)) if generated else some_clips(sources[2]))
+        elif only_shapes:
             show(synthetic_episodes(subject.encoder, frames, crop, flags.clips, flags.way, flags.episodes, flags.seed))
         else:
             if generated:
                 found = synthetic_results(subject.encoder, frames, crop, flags.clips, flags.seed, progress=True)
                 show_synthetic({"untrained" if flags.untrained else "encoder": found})
-            evaluate(subject, name, train, test, flags)
+            evaluate(subject, *sources, flags)
     except KeyboardInterrupt:
         print("probe.py: stopped; the same command goes on with the features that are done", file=sys.stderr)
         return 130
+    except torch.OutOfMemoryError:
+        print("probe.py: the device has too little memory; give fewer --clips, fewer --frames or a smaller --crop",
+              file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"probe.py: {error}", file=sys.stderr)
         return 1

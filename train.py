@@ -536,8 +536,8 @@ def finish(trainer, folder):
         with torch.compiler.set_stance("force_eager"):  # blocks would be compiled again for the probes' shapes
             for name, encoder in encoders.items():
                 full = config.preset == "synthetic" and name == "trained"  # the rest takes long, or much memory
-                found[name] = probe.synthetic_results(encoder, config.frames, config.crop, config.probe_clips,
-                                                      attentive=full, channels=full)
+                found[name] = probe.synthetic_results(
+                    encoder, config.frames, config.crop, config.probe_clips, full=full)
         probe.show_synthetic({name: {kind: found[name][kind] for kind in ("linear", "attentive") if kind in found[name]}
                               for name in found})
     last = list(csv.DictReader((folder / "metrics.csv").open()))[-1]

@@ -548,6 +548,14 @@ def test_unreadable_items_are_replaced_by_others_of_their_dataset_and_counted(tm
     assert (tmp_path / "unreadable.txt").read_text().splitlines() == [*lines, "b\tb/7\tcut short"]
 
 
+def test_a_name_that_is_no_text_is_written_byte_for_byte_and_once(tmp_path):
+    broken = data.Broken()
+    broken.add([("own", os.fsdecode(b"caf\xe9.mp4"), "cut short")], 1)
+    broken.write(tmp_path)
+    broken.write(tmp_path)
+    assert (tmp_path / "unreadable.txt").read_bytes() == b"own\tcaf\xe9.mp4\tcut short\n"
+
+
 def test_batches_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="a batch of 11 is larger than the data, 10 clips"):
         data.Batches(Numbers(10), 11, 1, 0, draw_masks)
@@ -727,6 +735,15 @@ def test_check_of_a_folder_that_is_not_there(tmp_path, capsys):
     assert message.startswith(f"data.py: {tmp_path}/missing is no folder") and message.count("\n") == 1
 
 
+def test_ctrl_c_ends_a_check_with_a_word(tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data, "inspect", interrupted)
+    write_video(tmp_path / "a.mp4", 10)
+    assert data.main(["--check", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "data.py: stopped\n"
+
+
 def test_check_names_what_cannot_be_read(copy, capsys):
     shutil.rmtree(copy / "train")
     broken = copy / "UCF-101" / "YoYo" / "v_YoYo_g08_c02.avi"
@@ -756,6 +773,15 @@ def test_up_to_a_twentieth_may_be_unreadable(tmp_path, capsys):
     assert data.inspect("images", paths[:20], data.Images, workers=0)
     assert not data.inspect("images", paths, data.Images, workers=0)
     assert f"    unreadable: 2\n      {paths[19]}: No such file" in capsys.readouterr().out
+
+
+def test_check_reads_the_videos_beside_whole_datasets_that_no_preset_takes(copy, capsys):
+    for folder in ("UCF-101", "20bn-something-something-v2", "rgb"):
+        shutil.rmtree(copy / folder)
+    (copy / "mine.mp4").write_bytes(b"")
+    with pytest.raises(ValueError, match="more than 5% of the videos"):
+        data.check(copy, workers=0)
+    assert "ImageNet-100: 3 classes" in capsys.readouterr().out
 
 
 def test_check_of_videos_of_ones_own(tmp_path, capsys):

@@ -436,7 +436,8 @@ def test_encoders_of_the_same_weights_but_other_heads_are_told_apart():
     assert one != two == three
 
 
-@pytest.mark.parametrize("damage", ["note gone", "note empty", "note cut", "features gone", "features cut"])
+@pytest.mark.parametrize("damage", ["note gone", "note empty", "note cut", "features gone",
+                                    "features empty", "features cut", "features half"])
 def test_damaged_features_are_made_again(tmp_path, damage):
     subject, source = make_subject(tmp_path), Clips(20)
     whole = np.array(probe.extract(subject, source, "x", False, 0)[0].features)
@@ -444,7 +445,8 @@ def test_damaged_features_are_made_again(tmp_path, damage):
     if "gone" in damage:
         file.unlink()
     else:
-        file.write_bytes(file.read_bytes()[:0 if "empty" in damage else 50])
+        content = file.read_bytes()
+        file.write_bytes(content[:{"empty": 0, "cut": 50, "half": len(content) // 2}[damage.split()[1]]])
     assert np.array_equal(probe.extract(subject, source, "x", False, 0)[0].features, whole)
     assert len(source.read) == 40
 
@@ -606,11 +608,14 @@ def test_lists_of_ones_own_leave_out_and_name_what_is_broken(tmp_path, capsys):
     checkpoint, videos = make_checkpoint(tmp_path / "run", frames=4, crop=32), str(tmp_path / "clips" / "videos.csv")
     flags = ["--checkpoint", checkpoint, "--train-list", videos, "--test-list", videos]
     assert probe.main([*flags, "--probe-epochs", "1", "--workers", "1", "--untrained"]) == 0
-    found = result(tmp_path / "run", "own-videos-untrained")
+    found = result(tmp_path / "run", "own-clips-videos-untrained")
     assert found["train"]["clips"] == 5 and "000004.mp4" in found["train"]["unreadable"][0]
     assert "1 of 6 clips" in capsys.readouterr().out and found["sha256"] == probe.encoder_fingerprint(
         probe.make_encoder({**CONFIG, "seed": 0}))
     assert found["measurements"]["all labels, attentive head"]["how"]["lr"] == BENCHMARKS["diving48"].lr
+    Path(videos).write_text("000000.mp4 0\n000001.mp4 20230101123456\n")
+    assert probe.main(flags) == 1
+    assert f"{videos} has the label 20230101123456; labels number the classes" in capsys.readouterr().err
 
 
 def test_without_a_benchmark_it_probes_generated_clips(tmp_path, quick_blobs, capsys):
@@ -622,8 +627,16 @@ def test_without_a_benchmark_it_probes_generated_clips(tmp_path, quick_blobs, ca
     assert list(table) == [f"encoder: {name}" for name in ("linear", "attentive", "1-shot", "5-shot", *halves)]
     assert table["encoder: 1-shot"][1] == "-" and all(float(cell) >= 0 for cell in table["encoder: linear"])
     assert result(tmp_path)["benchmark"] == "blobs"
-    assert probe.main([*flags, "--episodes", "20", "--way", "3"]) == 0
+    assert probe.main([*flags, "--episodes", "20", "--way", "3", "--frames", "34"]) == 0  # more than blobs have
     assert "direction, 3-way 1-shot episodes" in capsys.readouterr().out
+
+
+def test_too_little_memory_is_one_sentence(tmp_path, monkeypatch, capsys):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    monkeypatch.setattr(probe, "synthetic_results", full)
+    assert probe.main(["--checkpoint", make_checkpoint(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("probe.py: the device has too little memory; give fewer --clips")
 
 
 # --------------------------------------------------------------------------------------------------- foreign weights
@@ -975,6 +988,7 @@ def test_the_colours_are_principal_components_of_all_clips_with_a_fixed_sign():
 @pytest.mark.parametrize("damage, sentence", [
     (lambda checkpoint: checkpoint["encoder"].pop("video"), "an encoder of another version of model.py"),
     (lambda checkpoint: checkpoint["encoder"].update({"embed.weight": torch.zeros(8, 3)}), "of another version"),
+    (lambda checkpoint: checkpoint["config"].update(size="vit_huge"), "of another version"),
     (lambda checkpoint: checkpoint.pop("target"), "was not written by this project's train.py"),
 ])
 def test_a_checkpoint_of_other_code_is_refused_in_one_sentence(tmp_path, capsys, damage, sentence):
@@ -1009,7 +1023,7 @@ def test_a_checkpoint_of_other_code_is_refused_in_one_sentence(tmp_path, capsys,
     (["--checkpoint", "OTHER", "--pictures"], "'smooth' is not in objectives.py"),
     (["--checkpoint", "CHECKPOINT", "--clips", "20"], "at least 192"),
     (["--checkpoint", "CHECKPOINT", "--benchmark", "blobs", "--blob-clips", "160"], "two numbers"),
-    (["--compare", "a.json", "b.json"], "a.json is no result"),
+    (["--compare", "a.json", "b.json"], "a.json is missing, or is no result"),
     (["--table", "nowhere"], "nowhere holds no finished run"),
 ])
 def test_bad_input_gives_one_sentence_and_writes_no_result(tmp_path, monkeypatch, capsys, flags, sentence):
