@@ -66,7 +66,7 @@ BENCHMARKS = {  # the study's; which frames and which resizing: data.py
     "blobs": Recipe("attentive", False, 3e-4, 32, 100),
 }
 SYNTHETIC = {
-    "linear": Recipe("standardised", True, 3e-3, 256, 40),
+    "linear": Recipe("standardised", True, 3e-3, 256, 40),  # why not the plain one: `LinearHead`
     "attentive": Recipe("attentive", False, 1e-3, 64, 5),
 }
 
@@ -452,7 +452,7 @@ def few_shot(recipe, train, test, pooled, shots, seed, device):
                 values.append(accuracy(each, few, unknown, draw, device, f"{name}, draw {len(values) + 1} of {DRAWS}"))
             measurements[name] = measurement(
                 values, train, test, **each._asdict(), weight_decay=WEIGHT_DECAY, shots=k, draws=DRAWS, seed=seed,
-                labelled=int((few.labels >= 0).sum()))
+                labelled=int((few.labels >= 0).sum()))  # the same number in every draw
     return measurements
 
 
