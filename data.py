@@ -13,7 +13,6 @@ Clips that are generated, and cannot fail, need len, order and `source.clips(ite
 
 Clips stay uint8 until `normalise`: workers hand over, and the GPU copies, a quarter of the bytes.
 """
-import argparse
 import json
 import math
 import os
@@ -36,7 +35,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-from synthetic import Blobs
+from synthetic import Blobs, Parser, at_least
 
 # ------------------------------------------------------------------------------------------------------- decoding
 
@@ -700,11 +699,12 @@ def check(root, workers):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Check the datasets in a folder.", allow_abbrev=False)
+    parser = Parser(description="Check the datasets in a folder.", allow_abbrev=False)
     parser.add_argument("--check", metavar="DIR", required=True, help="the folder that holds the datasets")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read (%(default)s)")
-    flags = parser.parse_args(arguments)
+    parser.add_argument("--workers", type=at_least(1), default=min(8, os.cpu_count()),
+                        help="processes that read (%(default)s)")
     try:
+        flags = parser.parse_args(arguments)
         check(flags.check, flags.workers)
     except KeyboardInterrupt:
         print("data.py: stopped", file=sys.stderr)

@@ -39,7 +39,7 @@ from tqdm import tqdm
 import data
 from model import LEVELS, SIZES, Encoder, load_foreign, token_grid
 from objectives import OBJECTIVES, appearance_and_dynamics, motion_map, sample_masks
-from synthetic import APPEARANCES, DIRECTIONS, SPEEDS, Blobs, Shapes
+from synthetic import APPEARANCES, DIRECTIONS, SPEEDS, Blobs, Parser, Shapes, at_least
 
 HELD_OUT = 1_000_003  # seeds of the probes' clips: far from those of any training run
 WEIGHT_DECAY = 0.01
@@ -905,20 +905,8 @@ def some_clips(source, count=4):
 # --------------------------------------------------------------------------------------------------------- command
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(message)
-
-
-def at_least_one(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
-
-
 def whole_numbers(text):
-    return [at_least_one(number) for number in text.split(",")]
+    return [at_least(1)(number) for number in text.split(",")]
 
 
 def parse(arguments):
@@ -928,24 +916,25 @@ def parse(arguments):
     parser.add_argument("--weights", help="a V-JEPA 2.1 checkpoint, ViT-B or ViT-L")
     parser.add_argument("--out", metavar="DIR", help="folder for features and results; by default the checkpoint's")
     parser.add_argument("--untrained", action="store_true", help="the same with the random weights of the run's seed")
-    parser.add_argument("--frames", type=at_least_one, help="of a clip; by default as in training, 16 for --weights")
-    parser.add_argument("--crop", type=at_least_one, help="pixels; by default as in training, 224 for --weights")
+    parser.add_argument("--frames", type=at_least(1), help="of a clip; by default as in training, 16 for --weights")
+    parser.add_argument("--crop", type=at_least(1), help="pixels; by default as in training, 224 for --weights")
     parser.add_argument("--benchmark", choices=BENCHMARKS)
     parser.add_argument("--root", metavar="DIR", help="the folder that holds the datasets (see data.py --check)")
     parser.add_argument("--train-list", metavar="CSV", help="videos to learn from, a line `path label` each")
     parser.add_argument("--test-list", metavar="CSV", help="videos to be tested on, likewise")
-    parser.add_argument("--probe-epochs", type=at_least_one, help="in the place of the benchmark's own")
-    parser.add_argument("--seed", type=int, default=0, help="the first one, of heads, their shuffling, and draws")
-    parser.add_argument("--seeds", type=at_least_one, default=1, help="how many heads to train on all labels")
+    parser.add_argument("--probe-epochs", type=at_least(1), help="in the place of the benchmark's own")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="the first, of heads, their shuffling, and draws")
+    parser.add_argument("--seeds", type=at_least(1), default=1, help="how many heads to train on all labels")
     parser.add_argument("--shots", type=whole_numbers, metavar="K,K,...", help="labelled clips per class")
-    parser.add_argument("--episodes", type=at_least_one, nargs="?", const=EPISODES,
+    parser.add_argument("--episodes", type=at_least(1), nargs="?", const=EPISODES,
                         help=f"how many; {EPISODES} if not said")
-    parser.add_argument("--way", type=at_least_one, default=5, help="classes of an episode")
+    parser.add_argument("--way", type=at_least(1), default=5, help="classes of an episode")
     parser.add_argument("--pictures", action="store_true", help="of masks and features")
-    parser.add_argument("--clips", type=at_least_one, default=2304, help="moving-shape clips to train a probe on")
+    parser.add_argument("--clips", type=at_least(1), default=2304, help="moving-shape clips to train a probe on")
     parser.add_argument("--blob-clips", type=whole_numbers, metavar="TRAIN,TEST", default=BLOB_CLIPS,
                         help="of the blobs benchmark; 160,40 as in the study")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read videos")
+    parser.add_argument("--workers", type=at_least(0), default=min(8, os.cpu_count()),
+                        help="processes that read videos")
     parser.add_argument("--compare", nargs="+", metavar="RESULT",
                         help="two results-*.json, A and B; or those of several runs of A, then of as many of B")
     parser.add_argument("--table", metavar="DIR", help="the folder of a sweep, `train.py --seeds`")

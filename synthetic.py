@@ -146,21 +146,40 @@ def write_dataset(folder, source, count, fps):
     (folder / "videos.csv").write_text("".join(lines))
 
 
+class Parser(argparse.ArgumentParser):
+    """Of every command here: a wrong flag is a ValueError with one sentence, not usage and an exit."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def at_least(least):
+    """A type of flags: whole numbers that are not less."""
+    def number(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return int(text)
+    return number
+
+
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Write synthetic clips as video files with a list file, videos.csv.")
+    parser = Parser(description="Write synthetic clips as video files and a list file, videos.csv.", allow_abbrev=False)
     parser.add_argument("--write", metavar="DIR", required=True, help="a new or empty folder")
     parser.add_argument("--kind", choices=("shapes", "blobs"), default="shapes")
-    parser.add_argument("--count", type=int, default=64, help="number of clips")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--frames", type=int, default=16, help="frames of a shape clip")
-    parser.add_argument("--size", type=int, default=64, help="side of a shape clip in pixels, even")
-    flags = parser.parse_args(arguments)
+    parser.add_argument("--count", type=at_least(1), default=64, help="number of clips")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--frames", type=at_least(1), default=16, help="frames of a shape clip")
+    parser.add_argument("--size", type=at_least(1), default=64, help="side of a shape clip in pixels, even")
     try:
+        flags = parser.parse_args(arguments)
         shapes = flags.kind == "shapes"
         if shapes and flags.size % 2:
             raise ValueError(f"--size is {flags.size}, but the video format needs an even number of pixels")
         source = Shapes(flags.frames, flags.size, flags.seed) if shapes else Blobs(flags.seed)
         write_dataset(flags.write, source, flags.count, 8)
+    except KeyboardInterrupt:
+        print("synthetic.py: stopped", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"synthetic.py: {error}", file=sys.stderr)
         return 1

@@ -1,5 +1,4 @@
 """Train a video JEPA with any of the study's objectives: `python train.py --objective fwm_hw_ld`."""
-import argparse
 import copy
 import csv
 import difflib
@@ -31,7 +30,7 @@ import probe
 from model import LEVELS, SIZES, Block, Encoder, Predictor, Size, level_normalise, load_foreign, token_grid
 from objectives import (ABLATIONS, OBJECTIVES, Record, View, as_released, coefficients, cut_by_level, losses,
                         make_heads, mean_over_ranks, middle_pixels, motion_map, sample_masks)
-from synthetic import Shapes
+from synthetic import Parser, Shapes
 
 
 def setting(default, meaning):
@@ -98,7 +97,7 @@ def known(kind, name, names):
 
 def parse(arguments):
     """Command line -> (Config, other flags). The preset's values first, then what the flags say."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--list", action="store_true", help="print the 28 objectives and stop")
     parser.add_argument("--gradients", action="store_true", help="print which networks each loss trains and stop")
     parser.add_argument("--benchmark", action="store_true", help="time the training step; --objective a,b or all")
@@ -145,9 +144,14 @@ def check(config):
     known("value of --compile", config.compile, ("auto", "yes", "no"))
     known("value of --fwm-split", config.fwm_split, ("depth", "level"))
     known("value of --ablate", config.ablate, ("", *ABLATIONS))
-    for name in ("frames", "crop", "patch", "tubelet", "steps", "batch", "log_every", "save_every"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least 1")
+    counts = "frames", "crop", "frame_step", "patch", "tubelet", "steps", "batch", "log_every", "save_every"
+    least = dict.fromkeys(counts, 1) | dict.fromkeys(("seed", "fps", "workers", "lr", "warmup_lr", "weight_decay"), 0)
+    for name, value in least.items():
+        if not getattr(config, name) >= value:  # so put, it refuses nan as well
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least {value}")
+    for name in ("ema", "max_broken"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be from 0 to 1")
     if config.probe_clips and config.probe_clips < 192:
         raise ValueError(f"--probe-clips {config.probe_clips} are too few to probe 8 classes with; give at least 192, "
                          "or 0 for no table")

@@ -733,6 +733,8 @@ def test_check_of_a_folder_that_is_not_there(tmp_path, capsys):
     assert data.main(["--check", str(tmp_path / "missing")]) == 1
     message = capsys.readouterr().err
     assert message.startswith(f"data.py: {tmp_path}/missing is no folder") and message.count("\n") == 1
+    assert data.main(["--check", str(tmp_path), "--workers", "0"]) == 1
+    assert capsys.readouterr().err == "data.py: argument --workers: 0 is less than 1\n"
 
 
 def test_ctrl_c_ends_a_check_with_a_word(tmp_path, monkeypatch, capsys):

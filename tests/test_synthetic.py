@@ -130,3 +130,19 @@ def test_written_videos_come_back(tmp_path, kind):
         assert (decoded.float() - clip.float()).abs().mean() < 25  # lossy coding of sharp edges and noise
     assert synthetic.main(["--write", str(tmp_path / "out")]) == 1  # never into a folder that holds something
     assert synthetic.main(["--write", str(tmp_path / "odd"), "--size", "63"]) == 1 and not (tmp_path / "odd").exists()
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ([], "the following arguments are required: --write"),
+    (["--write"], "argument --write: expected one argument"),
+    (["--write", "out", "--count", "0"], "argument --count: 0 is less than 1"),
+    (["--write", "out", "--seed", "-1"], "argument --seed: -1 is less than 0"),
+    (["--write", "out", "--size", "big"], "argument --size: invalid number value: 'big'"),
+    (["--write", "out", "--kind", "balls"], "invalid choice: 'balls'"),
+    (["--write", "out", "--cuont", "3"], "unrecognized arguments: --cuont 3"),
+])
+def test_wrong_flags_give_one_sentence_and_write_nothing(tmp_path, monkeypatch, capsys, flags, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert synthetic.main(flags) == 1
+    message, = capsys.readouterr().err.splitlines()
+    assert message.startswith("synthetic.py: ") and sentence in message and not list(tmp_path.iterdir())

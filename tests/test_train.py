@@ -346,6 +346,13 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path, videos, capsys):
     (["--steps", "0"], "--steps is 0"),
     (["--batch", "0"], "--batch is 0"),
     (["--patch", "0"], "--patch is 0"),
+    (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+    (["--steps"], "argument --steps: expected one argument"),
+    (["--workers", "-1"], "--workers is -1"),
+    (["--seed", "-1"], "--seed is -1"),
+    (["--seeds", "0,-1"], "--seed is -1"),
+    (["--lr", "nan"], "--lr is nan"),
+    (["--ema", "1.5"], "--ema is 1.5"),
     (["--crop", "30"], "does not divide into 8x8 patches"),
     (["--frames", "7"], "tubelets of 2"),
     (["--frames", "2"], "at least 2"),
@@ -361,7 +368,7 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path, videos, capsys):
 ])
 def test_bad_input_gives_one_sentence_and_writes_nothing(tmp_path, capsys, flags, sentence):
     assert train.main([*flags, "--out", str(tmp_path / "run")]) == 1
-    message = capsys.readouterr().err.splitlines()[-1]
+    message, = capsys.readouterr().err.splitlines()
     assert message.startswith("train.py: ") and sentence in message
     assert not (tmp_path / "run" / "last.pt").exists() and not (tmp_path / "run" / "metrics.csv").exists()
 
