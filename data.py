@@ -35,7 +35,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-from synthetic import Blobs, Parser, at_least
+from synthetic import Blobs, Parser, at_least, command
 
 # ------------------------------------------------------------------------------------------------------- decoding
 
@@ -327,7 +327,7 @@ class Mixture:
 # -------------------------------------------------------------------------------------------------------- batches
 
 MAX_UNREADABLE = 100  # in a row
-ORDER, CLIP, MASK = range(3)  # what random numbers are for: no two uses share a generator
+ORDER, CLIP, MASK, SIZE = range(4)  # what random numbers are for: no two uses share a generator
 
 
 def generator_for(*numbers):
@@ -338,9 +338,10 @@ def generator_for(*numbers):
 class Batches(Dataset):
     """One item per training step, a function of seed and step alone, so that a resumed run goes on as it would have.
 
-    batches[step] -> clips uint8 [batch / ranks, 3, T, H, W], masks = draw_masks(clips, generator), and the list of
-    (dataset, path, reason) of what could not be read; another item of the same dataset took its place. The ranks of a
-    distributed run share the batch of a step: its clips are the same however many ranks there are.
+    batches[step] -> clips uint8 [batch / ranks, 3, T, H, W], masks = draw_masks(clips, generator, sizes=None), and the
+    list of (dataset, path, reason) of what could not be read; another item of the same dataset took its place. The
+    ranks of a distributed run share the batch of a step: its clips are the same however many ranks there are, and
+    `sizes` is a generator that all ranks have alike, None where there is one.
     Raises ValueError where the batch does not fit the data or the ranks.
     """
 
@@ -349,7 +350,7 @@ class Batches(Dataset):
             raise ValueError(f"a batch of {batch} is larger than the data, {len(source)} clips; choose a smaller one")
         if batch % ranks:
             raise ValueError(f"a batch of {batch} does not divide among {ranks} ranks; choose a multiple of {ranks}")
-        self.source, self.seed, self.draw_masks, self.rank = source, seed, draw_masks, rank
+        self.source, self.seed, self.draw_masks, self.rank, self.ranks = source, seed, draw_masks, rank, ranks
         self.places = range(rank * batch // ranks, (rank + 1) * batch // ranks)  # this rank's, in the batch of a step
         self.items = source.order(steps * batch, generator_for(seed, ORDER, 0, 0)).view(steps, batch)
 
@@ -364,7 +365,8 @@ class Batches(Dataset):
         else:
             clips = torch.stack([self.readable_clip(item, generator_for(self.seed, CLIP, step, place), broken)
                                  for item, place in zip(items.tolist(), self.places)])
-        return clips, self.draw_masks(clips, generator_for(self.seed, MASK, step, self.rank)), broken
+        sizes = generator_for(self.seed, SIZE, step, 0) if self.ranks > 1 else None
+        return clips, self.draw_masks(clips, generator_for(self.seed, MASK, step, self.rank), sizes=sizes), broken
 
     def readable_clip(self, item, generator, broken):
         """A clip of this item, or of the first other one that can be read; those that cannot go into `broken`."""
@@ -378,11 +380,12 @@ class Batches(Dataset):
         raise ValueError(f"{MAX_UNREADABLE} files of {dataset} in a row cannot be read, the last is {path}: {reason}")
 
 
-def loader(batches, start=0, workers=0):
-    """The batches from step `start` on, prepared by so many processes (their torch runs one thread each)."""
+def loader(batches, start=0, workers=0, device=torch.device("cpu")):
+    """The batches from step `start` on, prepared by so many processes (their torch runs one thread each), in memory
+    that the device copies from while it computes."""
     # With a generator of its own, the loader leaves the global one alone: a resumed run must not find it moved.
     return DataLoader(batches, batch_size=None, sampler=range(start, len(batches)), num_workers=workers,
-                      pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+                      pin_memory=device.type == "cuda", generator=torch.Generator())
 
 
 MAX_BROKEN = 0.05  # the share of unreadable files with which a run may go on
@@ -499,8 +502,12 @@ class Files(NamedTuple):
 
 def home(root, name):
     """The folder that holds a dataset, told by one of its pieces: the root itself, or a folder in it."""
-    places = (root / name, *sorted(root.glob(f"*/{name}")))
-    return next((place.parent for place in places if place.exists()), root)
+    if (root / name).exists():
+        return root
+    places = [place.parent for place in sorted(root.glob(f"*/{name}"))]
+    if len(places) > 1:
+        raise ValueError(f"both {places[0]} and {places[1]} hold {name}; give the folder of one as --root, or move one")
+    return places[0] if places else root
 
 
 def piece(folder, names, holds, publisher):
@@ -518,6 +525,8 @@ def read_split(path, parse):
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is no valid JSON: {error}") from None
+        if not isinstance(content, (dict, list)):
+            raise ValueError(f"{path} is not as its publisher writes it: it holds neither a list nor an object")
         entries = enumerate(content.items() if isinstance(content, dict) else content, start=1)
     else:
         entries = text_lines(path, "a list of its publisher's")
@@ -529,6 +538,8 @@ def read_split(path, parse):
             raise ValueError(f"entry {number} of {path} is not as its publisher writes it: {entry}") from None
         split.paths.append(item)
         split.labels.append(label)
+    if not split.paths:
+        raise ValueError(f"{path} lists nothing")
     return split
 
 
@@ -698,21 +709,14 @@ def check(root, workers):
     print(f"Train with: python train.py {command}")
 
 
+@command("data.py", smaller="number of --workers")
 def main(arguments=None):
     parser = Parser(description="Check the datasets in a folder.", allow_abbrev=False)
     parser.add_argument("--check", metavar="DIR", required=True, help="the folder that holds the datasets")
     parser.add_argument("--workers", type=at_least(1), default=min(8, os.cpu_count()),
                         help="processes that read (%(default)s)")
-    try:
-        flags = parser.parse_args(arguments)
-        check(flags.check, flags.workers)
-    except KeyboardInterrupt:
-        print("data.py: stopped", file=sys.stderr)
-        return 130
-    except (OSError, ValueError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+    flags = parser.parse_args(arguments)
+    check(flags.check, flags.workers)
 
 
 if __name__ == "__main__":

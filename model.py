@@ -233,7 +233,7 @@ def foreign_name(name):
 
 
 def load_foreign(path):
-    """The encoder of a V-JEPA 2.1 checkpoint, and what it is: {"size", "patch", "tubelet", "weights"}.
+    """The encoder of a V-JEPA 2.1 checkpoint, and what it is: {"model", "patch", "tubelet", "weights"}.
 
     The file holds a dict with the weights under "ema_encoder", "target_encoder" or "encoder"; the first of these that
     is there is taken, and named in "weights". Their names may begin with "module." and "backbone.". Every weight
@@ -244,9 +244,8 @@ def load_foreign(path):
         content = torch.load(path, map_location="cpu", weights_only=True)  # tensors only: runs no code from the file
     except FileNotFoundError:
         raise FileNotFoundError(f"no weights at {path}") from None
-    except Exception as error:  # whatever the bytes of another file lead to
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is no file of weights, or was cut short ({reason})") from None
+    except Exception:  # whatever the bytes of another file lead to
+        raise ValueError(f"{path} is no file of weights, or was cut short") from None
     networks = content if isinstance(content, dict) else {}
     chosen = next((key for key in ("ema_encoder", "target_encoder", "encoder") if key in networks), None)
     if chosen is None or not isinstance(networks[chosen], dict):
@@ -272,4 +271,4 @@ def load_foreign(path):
     if problems:
         raise ValueError(f"'{chosen}' of {path} does not fit {size}: {', '.join(problems)}")
     encoder.load_state_dict({name: weights[foreign_name(name)] for name in encoder.state_dict()})
-    return encoder, {"size": size, "patch": encoder.patch, "tubelet": encoder.tubelet, "weights": chosen}
+    return encoder, {"model": size, "patch": encoder.patch, "tubelet": encoder.tubelet, "weights": chosen}

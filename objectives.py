@@ -112,16 +112,17 @@ def draw_mask(kind, size, grid, masking, motion, generator):
     return masked
 
 
-def sample_masks(batch, grid, masking, generator, motion=None):
+def sample_masks(batch, grid, masking, generator, motion=None, sizes=None):
     """Draw both masks of a batch: a list of (visible [B, n], masked [B, k]), sorted token ids.
 
     One block size per mask for the whole batch, positions per clip. A clip with nothing left to see is drawn again;
     then all clips are cut to the batch's smallest counts, dropping the last tokens of the raster order.
+    sizes: a generator for block sizes alone, where several ranks share a batch and need the same ones.
     Raises ValueError where the grid is too small for the blocks.
     """
     masks = []
     for kind in masking.kinds:
-        size = block_size(kind, grid, generator)
+        size = block_size(kind, grid, sizes or generator)
         clips = []
         for i in range(batch):
             for _ in range(MAX_REDRAWS):

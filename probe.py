@@ -1,6 +1,6 @@
 """Measure what a frozen encoder knows: `python probe.py --checkpoint runs/NAME/last.pt`.
 
-    (nothing more)                            moving shapes and blobs, generated: no data needed
+    (nothing more)                            moving shapes (printed alone) and blobs, generated: no data needed
     --benchmark diving48 --root DIR           one of the study's five benchmarks
     --train-list A.csv --test-list B.csv      videos of one's own, a line `path label` each; as Diving-48
     ... --shots 1,5,10,20                     instead: learn from so few labelled clips per class
@@ -24,7 +24,6 @@ import os
 import shutil
 import statistics
 import sys
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +38,7 @@ from tqdm import tqdm
 import data
 from model import LEVELS, SIZES, Encoder, load_foreign, token_grid
 from objectives import OBJECTIVES, appearance_and_dynamics, motion_map, sample_masks
-from synthetic import APPEARANCES, DIRECTIONS, SPEEDS, Blobs, Parser, Shapes, at_least
+from synthetic import APPEARANCES, DIRECTIONS, SPEEDS, Blobs, Parser, Shapes, at_least, command
 
 HELD_OUT = 1_000_003  # seeds of the probes' clips: far from those of any training run
 WEIGHT_DECAY = 0.01
@@ -95,16 +94,19 @@ def load_checkpoint(path):
         raise FileNotFoundError(f"no checkpoint at {path}; train.py writes one as last.pt in its run folder")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the bytes of another file lead to
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is not a checkpoint, or was cut short ({reason})") from None
-    if not isinstance(checkpoint, dict) or not {"config", "evaluated", "encoder", "target"} <= checkpoint.keys():
+    except Exception:  # whatever the bytes of another file lead to
+        raise ValueError(f"{path} is not a checkpoint, or was cut short; train.py writes one as last.pt in its run "
+                         "folder") from None
+    parts = {"config", "evaluated", "step", "encoder", "target"}
+    if not isinstance(checkpoint, dict) or not parts <= checkpoint.keys():
         raise ValueError(f"{path} was not written by this project's train.py")
     config, wanted = checkpoint["config"], {}
-    if config["size"] in SIZES:
+    if config.get("model") in SIZES:
         with torch.device("meta"):  # shapes without memory
-            wanted = Encoder(SIZES[config["size"]], config["patch"], config["tubelet"]).state_dict()
-    if {name: x.shape for name, x in checkpoint["encoder"].items()} != {name: x.shape for name, x in wanted.items()}:
+            wanted = Encoder(SIZES[config["model"]], config["patch"], config["tubelet"]).state_dict()
+    networks = checkpoint["encoder"], checkpoint["target"]
+    if any({name: x.shape for name, x in network.items()} != {name: x.shape for name, x in wanted.items()}
+           for network in networks):
         raise ValueError(f"{path} holds an encoder of another version of model.py; train it again with this one")
     return checkpoint
 
@@ -112,7 +114,7 @@ def load_checkpoint(path):
 def make_encoder(config, state=None):
     """The encoder of a saved config: with these weights, or with the random ones of the run's seed."""
     torch.manual_seed(config["seed"])
-    encoder = Encoder(SIZES[config["size"]], config["patch"], config["tubelet"])
+    encoder = Encoder(SIZES[config["model"]], config["patch"], config["tubelet"])
     if state is not None:
         encoder.load_state_dict(state)
     return encoder.eval()
@@ -137,7 +139,7 @@ def open_subject(flags):
     if flags.weights:
         encoder, found = load_foreign(flags.weights)
         config = {"seed": 0, "objective": "baseline", "frames": 16, "crop": 224, **found}
-        about = f"{config['size']} from '{config['weights']}' of {flags.weights}"
+        about = f"{config['model']} from '{config['weights']}' of {flags.weights}"
     else:
         checkpoint = load_checkpoint(flags.checkpoint)
         config = checkpoint["config"]
@@ -183,8 +185,8 @@ def open_sources(flags, frames, crop):
                 raise ValueError(f"{path} gives no labels; a line of it should be `path label`")
             if max(source.labels) >= MOST_CLASSES:
                 raise ValueError(f"{path} has the label {max(source.labels)}; labels number the classes from 0")
-        place = Path(flags.test_list).resolve()
-        return f"own-{place.parent.name}-{place.stem}", *sources
+        lists = [Path(path).resolve() for path in (flags.train_list, flags.test_list)]
+        return "-".join(["own", lists[1].parent.name, *dict.fromkeys(path.stem for path in lists)]), *sources
     if flags.benchmark in (None, "blobs"):
         if frames > Blobs.FRAMES:
             raise ValueError(f"blobs have {Blobs.FRAMES} frames, {frames} are too many; choose fewer --frames")
@@ -222,10 +224,11 @@ def encoder_fingerprint(encoder):
 
 
 def source_fingerprint(source):
-    """Of the path, size in bytes and label of every clip."""
+    """Of the path, size in bytes and label of every clip, and of the code that reads or makes it."""
     paths = [source.where(item)[1] for item in range(len(source))]
     sizes = [os.path.getsize(path) if os.path.exists(path) else None for path in paths]
-    return fingerprint(list(map(str, paths)), sizes, source.labels)
+    code = [Path(__file__).with_name(name).read_text() for name in ("model.py", "data.py", "synthetic.py")]
+    return fingerprint(list(map(str, paths)), sizes, source.labels, code)
 
 
 def write_file(path, content):
@@ -268,7 +271,10 @@ def open_features(path, shape, identity):
         # Asked beforehand, since a full disk kills whoever writes to mapped memory.
         raise ValueError(f"the features of {shape[0]:,} clips take {size / 1e9:.1f} GB, but {path.parent} has only "
                          f"{free / 1e9:.1f} GB free")
-    return np.lib.format.open_memmap(path, "w+", np.float16, shape), {"identity": identity, "done": 0, "unreadable": []}
+    features = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+    begun = {"identity": identity, "done": 0, "unreadable": []}
+    write_json(note, begun)  # a second probe of the same clips then fills the same file, instead of taking it away
+    return features, begun
 
 
 def extract(subject, source, name, pooled, workers):
@@ -307,7 +313,8 @@ def extract(subject, source, name, pooled, workers):
     if len(unreadable) == len(source):
         raise ValueError(f"no clip of {name} can be read; the first is {unreadable[0][1]}")
     if unreadable:
-        print(f"{len(unreadable):,} of {len(source):,} clips of {name} cannot be read and are left out")
+        print(f"{len(unreadable):,} of {len(source):,} clips of {name} cannot be read and are left out; to try them "
+              f"again, delete {path}")
     lost = {item for item, _ in unreadable}
     labels = [label for item, label in enumerate(source.labels) if item not in lost]
     return Labelled(features[:len(labels)], torch.tensor(labels)), note
@@ -379,8 +386,10 @@ def train_head(head, train, recipe, seed, device, progress=""):
 @torch.no_grad()
 def top1(head, test, device):
     """Accuracy in percent."""
-    batches = torch.arange(len(test.labels)).split(64)
-    predicted = torch.cat([head(test.read(rows, device)).argmax(-1) for rows in batches])
+    scores = torch.cat([head(test.read(rows, device)) for rows in torch.arange(len(test.labels)).split(64)])
+    if not scores.isfinite().all():
+        raise ValueError("what the head computes is not finite: it diverged, or had too few clips to learn from")
+    predicted = scores.argmax(-1)
     return 100 * (predicted.cpu() == test.labels).double().mean().item()
 
 
@@ -467,7 +476,7 @@ def draw_episodes(train_labels, test_labels, way, shot, episodes, seed):
     classes = [label for label in support if len(support[label]) >= shot and label in query]
     if len(classes) < way:
         raise ValueError(f"a {way}-way {shot}-shot episode needs {way} classes with {shot} training clips and a test "
-                         f"clip, and {len(classes)} have them; choose a smaller --way")
+                         f"clip, and {len(classes)} have them; choose a smaller --way, or add clips")
     drawn = []
     for _ in range(episodes):
         chosen = draw.choice(classes, way, replace=False)
@@ -500,8 +509,10 @@ def episode_measurements(train, test, way, episodes, seed):
 
 def show(measurements):
     for name, found in measurements.items():
+        over = next((word for word in ("draws", "episodes") if word in found["how"]), "seeds of the head")
         spread = "" if found["interval95"] is None else (
-            f" ± {found['interval95']:.2f} (95 %), deviation {found['deviation']:.2f}, n = {len(found['values'])}")
+            f" ± {found['interval95']:.2f} (95 %), deviation {found['deviation']:.2f}, "
+            f"over {len(found['values'])} {over}")
         print(f"{name:<36} top-1 {found['mean']:6.2f}{spread}", flush=True)
 
 
@@ -519,6 +530,8 @@ def evaluate(subject, name, train_source, test_source, flags):
     if flags.frames or flags.crop:
         name += f"-{frames}x{crop}"
     name += "-untrained" * flags.untrained
+    if flags.episodes:  # refuses, before hours of extraction, what cannot be drawn
+        draw_episodes(torch.tensor(train_source.labels), torch.tensor(test_source.labels), flags.way, 5, 0, flags.seed)
     train, train_note = extract(subject, train_source, f"{name}-train", recipe.pooled, flags.workers)
     test, test_note = extract(subject, test_source, f"{name}-test", recipe.pooled, flags.workers)
     measurements = {}
@@ -552,7 +565,8 @@ def compare(paths):
     """Print B - A of every measurement that all results hold: of the first half of the paths and of the second.
 
     Two results are paired draw by draw. Several runs, of other training seeds, are paired run by run in the order
-    given, each by its mean over draws. Raises ValueError where draws do not match, or there is nothing to pair.
+    given, each by its mean over draws. A measurement whose draws do not match is named in the place of a difference.
+    Raises ValueError where there is nothing to pair.
     """
     if len(paths) % 2:
         raise ValueError(f"--compare has {len(paths)} results; give as many of A as of B, first those of A")
@@ -563,7 +577,7 @@ def compare(paths):
     names = [name for name in found[paths[0]] if all(name in found[path] for path in paths)]
     if not names:
         raise ValueError(f"{' and '.join(paths)} have no measurement in common")
-    halves = paths[:len(paths) // 2], paths[len(paths) // 2:]
+    halves, compared = (paths[:len(paths) // 2], paths[len(paths) // 2:]), 0
     lines = [f"A = {a}\nB = {b}" for a, b in zip(*halves)]
     lines.append(f"B - A in points of top-1, paired {'draw by draw' if len(paths) == 2 else 'run by run'}, with 95 % "
                  "intervals")
@@ -571,12 +585,16 @@ def compare(paths):
         odd = [key for key, value in found[paths[0]][name]["how"].items()
                if any(found[path][name]["how"].get(key) != value for path in paths)]
         if odd:
-            raise ValueError(f"the draws of '{name}' do not match: its {', '.join(odd)} differ between results")
+            lines.append(f"{name:<36} not comparable: its {', '.join(odd)} differ between results")
+            continue
+        compared += 1
         a, b = (torch.tensor([found[path][name]["values"] for path in half], dtype=torch.float64)
                 for half in halves)  # (runs, draws) each
         difference = (b - a)[0] if len(a) == 1 else (b - a).mean(1)
         spread = f"± {interval(difference):.2f}" if len(difference) > 1 else "(one value each: no interval)"
         lines.append(f"{name:<36} {difference.mean():+6.2f} {spread}   A {a.mean():.2f}, B {b.mean():.2f}")
+    if not compared:
+        raise ValueError(f"nothing can be compared; {' '.join(lines[-1].split())}")
     print("\n".join(lines))
 
 
@@ -658,13 +676,6 @@ def show_synthetic(rows):
             print(f"{f'{encoder}: {name}':<42}" + "".join(
                 f"{values[factor]:12.1f}" if factor in values else f"{'-':>12}" for factor in FACTORS))
     print(f"{'chance (5-way shots: 20)':<42}" + "".join(f"{100 / classes:12.1f}" for classes in FACTORS.values()))
-
-
-def synthetic_episodes(encoder, frames, crop, count=2304, way=5, episodes=EPISODES, seed=0):
-    """Episodes of the direction and of the appearance: {"direction, 5-way 1-shot episodes": measurement, ...}."""
-    train, test = synthetic_sets(encoder, frames, crop, count)
-    return {f"{factor}, {name}": found for factor in ("direction", "appearance") for name, found in
-            episode_measurements(train.pooled(factor), test.pooled(factor), way, episodes, seed).items()}
 
 
 # --------------------------------------------------------------------------------------------------- a sweep's table
@@ -895,10 +906,15 @@ def pictures(subject, clips):
 
 def some_clips(source, count=4):
     """A few clips of a source that can be read, the same ones every time: uint8 [count, 3, T, H, W]."""
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0)).tolist()
-    clips = list(islice(filter(torch.is_tensor, map(Reader(source).__getitem__, order)), count))
+    clips, reader = [], Reader(source)
+    for item in torch.randperm(len(source), generator=torch.Generator().manual_seed(0)).tolist():
+        clip = reader[item]
+        if torch.is_tensor(clip):
+            clips.append(clip)
+        if len(clips) == count:
+            break
     if not clips:
-        raise ValueError(f"none of the {len(source)} clips can be read; the first is {Reader(source)[0]}")
+        raise ValueError(f"none of the {len(source)} clips can be read; the last is {clip}")
     return torch.stack(clips)
 
 
@@ -928,7 +944,7 @@ def parse(arguments):
     parser.add_argument("--shots", type=whole_numbers, metavar="K,K,...", help="labelled clips per class")
     parser.add_argument("--episodes", type=at_least(1), nargs="?", const=EPISODES,
                         help=f"how many; {EPISODES} if not said")
-    parser.add_argument("--way", type=at_least(1), default=5, help="classes of an episode")
+    parser.add_argument("--way", type=at_least(2), default=5, help="classes of an episode")
     parser.add_argument("--pictures", action="store_true", help="of masks and features")
     parser.add_argument("--clips", type=at_least(1), default=2304, help="moving-shape clips to train a probe on")
     parser.add_argument("--blob-clips", type=whole_numbers, metavar="TRAIN,TEST", default=BLOB_CLIPS,
@@ -950,7 +966,11 @@ def parse(arguments):
         "--benchmark and lists of one's own ask for different clips; give one": own and flags.benchmark,
         f"--clips {flags.clips} are too few to probe 8 classes with; give at least 192": flags.clips < 192,
         "--blob-clips takes two numbers, as 160,40": len(flags.blob_clips) != 2,
-        "--shots needs --benchmark, or --train-list and --test-list": flags.shots and not (flags.benchmark or own),
+        "--shots and --episodes need --benchmark, or --train-list and --test-list":
+            (flags.shots or flags.episodes) and not (flags.benchmark or own),
+        "--pictures goes without --shots and --episodes": flags.pictures and (flags.shots or flags.episodes),
+        "--root is for --benchmark": flags.root and not flags.benchmark,
+        "--reference is for --table": flags.reference and not flags.table,
         f"--benchmark {flags.benchmark} needs --root DIR; `python data.py --check DIR` says what belongs in there":
             flags.benchmark not in (None, "blobs") and not flags.root,
     }
@@ -960,41 +980,27 @@ def parse(arguments):
     return flags
 
 
+@command("probe.py", smaller="number of --clips or --frames, or --crop",
+         stopped="stopped; the same command goes on with the features that are done")
 def main(arguments=None):
-    try:
-        flags = parse(arguments)
-        if flags.compare:
-            compare(flags.compare)
-            return 0
-        if flags.table:
-            print_table(flags.table, flags.reference)
-            return 0
-        subject = open_subject(flags)
-        generated = not (flags.benchmark or flags.train_list)
-        frames, crop = subject.config["frames"], subject.config["crop"]
-        only_shapes = generated and (flags.pictures or flags.episodes)
-        sources = None if only_shapes else open_sources(flags, frames, crop)
-        print(subject.about)
-        if flags.pictures:
-            pictures(subject, Shapes(frames, crop, HELD_OUT).clips(range(4)) if generated else some_clips(sources[2]))
-        elif only_shapes:
-            show(synthetic_episodes(subject.encoder, frames, crop, flags.clips, flags.way, flags.episodes, flags.seed))
-        else:
-            if generated:
-                found = synthetic_results(subject.encoder, frames, crop, flags.clips, flags.seed, progress=True)
-                show_synthetic({"untrained" if flags.untrained else "encoder": found})
-            evaluate(subject, *sources, flags)
-    except KeyboardInterrupt:
-        print("probe.py: stopped; the same command goes on with the features that are done", file=sys.stderr)
-        return 130
-    except torch.OutOfMemoryError:
-        print("probe.py: the device has too little memory; give fewer --clips, fewer --frames or a smaller --crop",
-              file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"probe.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+    flags = parse(arguments)
+    if flags.compare:
+        return compare(flags.compare)
+    if flags.table:
+        return print_table(flags.table, flags.reference)
+    subject = open_subject(flags)
+    generated = not (flags.benchmark or flags.train_list)
+    frames, crop = subject.config["frames"], subject.config["crop"]
+    print(subject.about)
+    if flags.pictures:
+        pictures(subject, Shapes(frames, crop, HELD_OUT).clips(range(4)) if generated else
+                 some_clips(open_sources(flags, frames, crop)[2]))
+        return
+    sources = open_sources(flags, frames, crop)
+    if generated:
+        found = synthetic_results(subject.encoder, frames, crop, flags.clips, flags.seed, progress=True)
+        show_synthetic({"untrained" if flags.untrained else "encoder": found})
+    evaluate(subject, *sources, flags)
 
 
 if __name__ == "__main__":

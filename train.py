@@ -3,6 +3,7 @@ import copy
 import csv
 import difflib
 import functools
+import gc
 import io
 import json
 import math
@@ -30,7 +31,7 @@ import probe
 from model import LEVELS, SIZES, Block, Encoder, Predictor, Size, level_normalise, load_foreign, token_grid
 from objectives import (ABLATIONS, OBJECTIVES, Record, View, as_released, coefficients, cut_by_level, losses,
                         make_heads, mean_over_ranks, middle_pixels, motion_map, sample_masks)
-from synthetic import Parser, Shapes
+from synthetic import Parser, Shapes, command
 
 
 def setting(default, meaning):
@@ -57,7 +58,7 @@ class Config:
     workers: int = setting(0, "loader processes")
     max_broken: float = setting(0.05, "stop when a larger share of the clips cannot be read")
     # model
-    size: str = setting("tiny", "of the networks: " + ", ".join(SIZES))
+    model: str = setting("tiny", "size of the networks: " + ", ".join(SIZES))
     weights: str = setting("", "a V-JEPA 2.1 checkpoint for the encoder to start from")
     patch: int = setting(8, "height and width of a token in pixels")
     tubelet: int = setting(2, "frames of a token")
@@ -77,7 +78,7 @@ class Config:
     probe_clips: int = setting(2304, "labelled synthetic clips of the final table; 0: no table")
 
 
-STUDY = dict(frames=16, crop=224, size="vit_base", patch=16, steps=30_000, batch=32, lr=6e-4, ema=0.99925, workers=8,
+STUDY = dict(frames=16, crop=224, model="vit_base", patch=16, steps=30_000, batch=32, lr=6e-4, ema=0.99925, workers=8,
              log_every=100, save_every=1000)
 PRESETS = {
     "synthetic": dict(),
@@ -91,8 +92,8 @@ def known(kind, name, names):
     """The name itself; a ValueError with the nearest known name if there is no such name."""
     if name in names:
         return name
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
-    raise ValueError(f"unknown {kind} '{name}'; did you mean '{nearest}'? Known: {', '.join(names)}")
+    nearest = "".join(f"; did you mean '{near}'?" for near in difflib.get_close_matches(name, names, n=1, cutoff=0.4))
+    raise ValueError(f"unknown {kind} '{name}'{nearest or '.'} Known: {', '.join(names)}")
 
 
 def parse(arguments):
@@ -125,6 +126,11 @@ def parse(arguments):
         config.objective = given.names[0]
         for name in given.names:
             known("objective", name, OBJECTIVES)
+    elif config.objective == "all" or "," in config.objective:
+        raise ValueError(f"--objective {config.objective} names several; add --seeds 0,1,2 to train each, or "
+                         "--benchmark")
+    elif given.jobs is not None:
+        raise ValueError("--jobs is for a sweep; add --seeds 0,1,2")
     if given.seeds:
         try:
             given.seeds = [int(seed) for seed in given.seeds.split(",")]
@@ -139,12 +145,16 @@ def parse(arguments):
 def check(config):
     """The same Config with its run folder filled in. Raises ValueError for what cannot run."""
     known("objective", config.objective, OBJECTIVES)
-    known("size", config.size, SIZES)
+    known("model", config.model, SIZES)
     known("device", config.device, ("auto", "cuda", "mps", "cpu"))
     known("value of --compile", config.compile, ("auto", "yes", "no"))
     known("value of --fwm-split", config.fwm_split, ("depth", "level"))
     known("value of --ablate", config.ablate, ("", *ABLATIONS))
     counts = "frames", "crop", "frame_step", "patch", "tubelet", "steps", "batch", "log_every", "save_every"
+    if config.seed >= 2 ** 32:
+        raise ValueError(f"--seed is {config.seed}; it must be less than 2 ** 32")
+    if config.root and (config.data or config.preset not in ("mixed", "ucf101")):
+        raise ValueError("--root is for --preset mixed or ucf101, without --data")
     least = dict.fromkeys(counts, 1) | dict.fromkeys(("seed", "fps", "workers", "lr", "warmup_lr", "weight_decay"), 0)
     for name, value in least.items():
         if not getattr(config, name) >= value:  # so put, it refuses nan as well
@@ -219,7 +229,7 @@ class JEPA(nn.Module):
 
 
 def size_of(config):
-    size = SIZES[config.size]
+    size = SIZES[config.model]
     return size._replace(predictor_depth=0) if config.ablate == "predictor" else size
 
 
@@ -250,10 +260,10 @@ def learning_rate(config, step):
     return config.warmup_lr + (config.lr - config.warmup_lr) * min(1.0, step / warmup)
 
 
-def draw_masks(clips, generator, grid, masking):
-    """Masks of a batch of uint8 clips; a loader's worker calls this, so that no step waits for it."""
+def draw_masks(clips, generator, grid, masking, sizes=None):
+    """Masks of a batch of uint8 clips (`sample_masks`); a loader's worker calls this, so that no step waits for it."""
     motion = motion_map(data.normalise(middle_pixels(clips, grid)), grid) if masking.motion_strength else None
-    return sample_masks(len(clips), grid, masking, generator, motion)
+    return sample_masks(len(clips), grid, masking, generator, motion, sizes)
 
 
 def training_source(config):
@@ -309,7 +319,10 @@ def open_run(config, resume):
     folder = Path(config.out)
     saved, checkpoint = folder / "config.json", None
     if saved.exists():
-        refuse_other_run(config, json.loads(saved.read_text()))
+        before = probe.read_json(saved)
+        if not before:
+            raise ValueError(f"{saved} is damaged; choose another --out")
+        refuse_other_run(config, before)
         if not resume:
             raise ValueError(f"{folder} holds this run already; add --resume to go on with it, or choose another --out")
         if (folder / "last.pt").exists():
@@ -322,12 +335,14 @@ def open_run(config, resume):
 
 
 class Metrics:
-    """metrics.csv: one line per logged step, no times in it, so that a resumed run writes the same file."""
+    """metrics.csv: one line per logged step, no times in it, so that on a CPU a resumed run writes the same file."""
 
     def __init__(self, path, first_step):
         """Keep the lines before first_step: what comes after them is about to be computed again."""
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) < first_step]
+        steps = [line.split(",")[0] for line in lines[1:]]
+        kept = [line for line, step in zip(lines[1:], steps)
+                if line.endswith("\n") and step.isdigit() and int(step) < first_step]
         probe.write_file(path, "".join(lines[:1] + kept if kept else []).encode())
         self.file, self.empty = path.open("a", newline=""), not kept
 
@@ -360,15 +375,22 @@ class Trainer:
         self.update_target = get_ema_multi_avg_fn(config.ema)
         self.healthy = torch.ones((), dtype=torch.bool, device=device)  # read seldom: reading waits for the device
         self.autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+        # Flash attention then: cuDNN's would make a new plan for every token count, and counts change at every step.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         if config.compile == "yes" or config.compile == "auto" and device.type == "cuda":
             self.model.compile()
-        # A static graph may leave parameters without gradient: the released code's latent-dynamics head.
-        self.forward = DistributedDataParallel(self.model, static_graph=True) if ranks > 1 else self.model
+        self.forward = self.model
+        if ranks > 1:
+            # Blocks are graphs of their own; torch would cut them once more where DDP's buckets end.
+            torch._dynamo.config.optimize_ddp = False
+            # A static graph may leave parameters without gradient: the released code's latent-dynamics head. The only
+            # buffers are tables that never change.
+            self.forward = DistributedDataParallel(self.model, static_graph=True, broadcast_buffers=False)
 
     def start_from(self, path):
         """Give the encoder, and so its target, the weights of a V-JEPA 2.1 checkpoint."""
         foreign, found = load_foreign(path)
-        for name in ("size", "patch", "tubelet"):
+        for name in ("model", "patch", "tubelet"):
             if found[name] != getattr(self.config, name):
                 raise ValueError(f"{path} holds weights of --{name} {found[name]}, but this run has --{name} "
                                  f"{getattr(self.config, name)}")
@@ -407,7 +429,10 @@ class Trainer:
         probe.write_file(folder / "last.pt", buffer.getvalue())
 
     def load(self, checkpoint):
-        """Take over a checkpoint; returns the first step to do."""
+        """Take over a checkpoint; returns the first step to do. Raises ValueError where a part of it is missing."""
+        missing = {*self.PARTS, "optimizer"} - checkpoint.keys()
+        if missing:
+            raise ValueError(f"last.pt holds no {', no '.join(sorted(missing))}: it can be probed, but not gone on with")
         for part in self.PARTS:
             getattr(self.model, part).load_state_dict(checkpoint[part])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -430,18 +455,25 @@ class StopSignal:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def agree(self, device):
-        """A signal that reached any rank has reached all: a rank that stopped alone would leave the others waiting."""
-        received = torch.tensor(self.received, device=device)
-        dist.all_reduce(received, op=dist.ReduceOp.MAX)
-        self.received = received.item()
+    def agreed(self):
+        """The signal, on all ranks if it reached any of them: one that stopped alone would leave the others waiting.
+
+        The ranks ask each other over the hosts' network, so that nothing waits for the GPU.
+        """
+        received = torch.tensor(self.received)
+        if dist.is_initialized():
+            dist.all_reduce(received, op=dist.ReduceOp.MAX)
+        return received.item()
 
 
 def pick_device(config):
-    """"cuda", "mps" or "cpu"."""
-    if config.device != "auto":
-        return config.device
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """"cuda", "mps" or "cpu". Raises ValueError where the machine has no such device."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if config.device == "auto":
+        return next(name for name in here if here[name])
+    if not here[config.device]:
+        raise ValueError(f"--device {config.device}: torch finds no such device on this machine; leave the flag out")
+    return config.device
 
 
 def start_ranks(config):
@@ -450,44 +482,48 @@ def start_ranks(config):
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if ranks == 1:
         return 0, 1, torch.device(name)
-    device = torch.device(name, int(os.environ["LOCAL_RANK"])) if name == "cuda" else torch.device(name)
+    device = torch.device(name)
     if name == "cuda":
+        local, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= found:
+            raise ValueError(f"this machine has {found} GPUs; give torchrun --nproc_per_node={found}, or fewer")
+        device = torch.device(name, local)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if name == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
     return dist.get_rank(), ranks, device
 
 
 def train(config, resume=False):
     """Run a Config to its end, or to a signal; returns 0, or that signal's number."""
     rank, ranks, device = start_ranks(config)
+    source = training_source(config)  # before the networks, which take seconds: a wrong path is said at once
     trainer = Trainer(config, device, ranks)
     objective = trainer.objective
     grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
     sample_masks(1, grid, objective.masking, torch.Generator())  # refuses a grid too small before anything is written
-    batches = data.Batches(training_source(config), config.batch, config.steps, config.seed,
+    batches = data.Batches(source, config.batch, config.steps, config.seed,
                            functools.partial(draw_masks, grid=grid, masking=objective.masking), rank, ranks)
     folder, checkpoint = open_run(config, resume) if rank == 0 else (Path(config.out), None)
     if ranks > 1:
         box = [checkpoint]
         dist.broadcast_object_list(box)
-        checkpoint = box[0]
+        checkpoint = box.pop()
     start = trainer.load(checkpoint) if checkpoint else 0
+    del checkpoint  # as large as the networks and their optimizer
     metrics = Metrics(folder / "metrics.csv", start) if rank == 0 else None
-    broken = unreadable_here = data.Broken()
+    unreadable_here, stopping = data.Broken(), 0
     peak, began, timed_from = peak_flops(device), time.perf_counter(), start
     title = f"{config.objective}, batch {config.batch} = {ranks} x {config.batch // ranks}"
     bar = tqdm(total=config.steps, initial=start, unit="step", disable=rank > 0, desc=title)
     with StopSignal() as stop, bar:
-        for step, (clips, masks, unreadable) in enumerate(data.loader(batches, start, config.workers), start):
+        for step, (clips, masks, unreadable) in enumerate(data.loader(batches, start, config.workers, device), start):
             values, h, gradient_norm = trainer.step(step, clips, masks)
             unreadable_here.add(unreadable, len(clips))
             bar.update()
 
             final = step + 1 == config.steps
             log = step % config.log_every == 0 or final
-            if log and ranks > 1:
-                stop.agree(device)
-            stopping = stop.received and (log or ranks == 1)
+            stopping = stop.agreed()
             save = (step + 1) % config.save_every == 0 or final or stopping
             if (log or save) and not trainer.healthy:  # at these steps alone the host waits for the device
                 raise FloatingPointError(f"the loss or its gradient was not finite by step {step}; {folder}/last.pt is "
@@ -518,18 +554,19 @@ def train(config, resume=False):
                 trainer.save(folder, step + 1)
             if stopping:
                 break
+    broken = unreadable_here.over_ranks()  # the last log may be some steps ago
     if rank == 0:
-        if stop.received:
+        if stopping:
             print(f"stopped after step {step}; the same command with --resume goes on from there")
         else:
             finish(trainer, folder)
         if broken.files:
-            broken.write(folder)  # a signal may have come before the next log
+            broken.write(folder)
             print(f"unreadable: {broken}; {folder}/unreadable.txt names the first")
         print(f"run folder: {folder}")
     if ranks > 1:
         dist.destroy_process_group()
-    return stop.received
+    return stopping
 
 
 def finish(trainer, folder):
@@ -723,6 +760,7 @@ def benchmark_row(config, device, ranks, clips):
     masks = [[(visible.to(device), masked.to(device)) for visible, masked in pair] for pair in masks]
     warm_up, masks = masks[:WARMUP_STEPS], masks[WARMUP_STEPS:]
     torch._dynamo.reset()  # every objective compiles the same functions, and there is a limit to how often
+    gc.collect()  # compiled networks of the objective before hold on to each other, and would count as memory in use
     trainer = Trainer(config, device, ranks)
     for step, pair in enumerate(warm_up):
         trainer.step(step, clips, pair)
@@ -758,7 +796,7 @@ def benchmark(config, names):
                else f"{device.type}, {torch.get_num_threads()} threads")
     loader = loader_speed(config) if config.data or config.root else "-"
     show = functools.partial(print, flush=True) if rank == 0 else lambda line: None
-    show(f"{machine} x {ranks}, torch {torch.__version__}, {config.size}, {config.frames} frames of {config.crop} px, "
+    show(f"{machine} x {ranks}, torch {torch.__version__}, {config.model}, {config.frames} frames of {config.crop} px, "
          f"batch {config.batch}; plain: float32, uncompiled, attention by its mathematics\n")
     show("| objective | ms/step | x first | clips/s | loader alone, clips/s | TFLOP/s | MFU | peak memory, GiB | graph "
          "breaks | recompilations | x plain |\n|" + "---|" * 11)
@@ -849,33 +887,21 @@ def gradient_reach(objective, size):
     return reached
 
 
+@command("train.py", smaller="--batch, --model or --crop",
+         stopped="stopped; a run that had begun goes on with --resume")
 def main(arguments=None):
-    try:
-        config, flags = parse(arguments)
-        if flags.list:
-            print(objective_list())
-            return 0
-        if flags.gradients:
-            print(gradient_table())
-            return 0
-        if flags.benchmark:
-            benchmark(config, flags.names)
-            return 0
-        if flags.seeds:
-            return sweep(config, flags.names, flags.seeds, flags.jobs)
+    config, flags = parse(arguments)
+    if flags.list:
+        print(objective_list())
+    elif flags.gradients:
+        print(gradient_table())
+    elif flags.benchmark:
+        benchmark(config, flags.names)
+    elif flags.seeds:
+        return sweep(config, flags.names, flags.seeds, flags.jobs)
+    else:
         stopped = train(config, flags.resume)
         return 128 + stopped if stopped else 0
-    except KeyboardInterrupt:  # after the last step; before it, `StopSignal` takes care
-        print("train.py: stopped; the same command with --resume goes on from there", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except torch.OutOfMemoryError:
-        print(f"train.py: the device has too little memory for a step of --batch {config.batch} of --size "
-              f"{config.size} at this --crop; give a smaller one of these", file=sys.stderr)
-        return 1
-    except (ValueError, FloatingPointError, OSError) as error:
-        # An error in a loader's worker comes with the worker's traceback; its last line is what happened.
-        print("train.py:", str(error).strip().splitlines()[-1].removeprefix("ValueError: "), file=sys.stderr)
-        return 1
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@
 
 Plainly is how such code is usually found: masked tokens picked by boolean masks, features scattered back onto the full
 grid for the terms in time, rotary angles worked out again in every block with sliced channels, activations thrown away
-and computed again in the backward pass, parameters averaged one by one. Both steps work on the same networks, and
-their losses must agree before anything is timed. The two take turns, and medians are compared. What could be reached
-at most is what a step would take that consisted of nothing but the matrix products that it cannot do without.
+and computed again in the backward pass, parameters averaged one by one. It is timed with torch's fused attention, and
+with attention by its mathematics, as `train.py --benchmark` has it. All steps work on the same networks, and their
+losses must agree before anything is timed. They take turns, and medians are compared. What could be reached at most is
+what a step would take that consisted of nothing but the matrix products that it cannot do without.
 """
 import argparse
 import statistics
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -147,13 +149,13 @@ def matrix_rate(size=2048, times=5):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", default="vit_base")
+    parser.add_argument("--model", default="vit_base")
     parser.add_argument("--crop", default="112")
     parser.add_argument("--batch", default="4")
     parser.add_argument("--compile", default="no")
     parser.add_argument("--rounds", type=int, default=9)
     flags = parser.parse_args()
-    config, _ = train.parse(["--objective", "fwm_hw_ld", "--size", flags.size, "--patch", "16", "--frames", "16",
+    config, _ = train.parse(["--objective", "fwm_hw_ld", "--model", flags.model, "--patch", "16", "--frames", "16",
                              "--crop", flags.crop, "--batch", flags.batch, "--device", "cpu",
                              "--compile", flags.compile])
     trainer = train.Trainer(config, torch.device("cpu"))
@@ -162,29 +164,32 @@ def main():
     clips = torch.randint(256, (config.batch, 3, 16, config.crop, config.crop), dtype=torch.uint8)
     grid = train.token_grid(16, config.crop, config.crop, 16, 2)
     weights = coefficients(trainer.objective, config.steps - 1, config.steps)
-    seconds, work = {"ours": [], "plain": []}, []
+    seconds, work = {"ours": [], "plain": [], "plain, attention by its mathematics": []}, []
     for turn in range(WARMUP_TURNS + flags.rounds):
         masks = train.draw_masks(clips, torch.Generator().manual_seed(turn), grid, trainer.objective.masking)
-        began = time.perf_counter()
+        times = [time.perf_counter()]
         ours, _, _ = trainer.step(config.steps - 1, clips, masks)
-        middle = time.perf_counter()
+        times.append(time.perf_counter())
         plainly = plain_step(plain.model, plain_optimizer, clips, masks, weights, config.ema)
-        if turn == 0:  # before any step the two have the same weights
+        times.append(time.perf_counter())
+        if turn == 0:  # before any step the networks have the same weights
             for name in plainly:
                 torch.testing.assert_close(plainly[name].detach(), ours[name], rtol=1e-4, atol=1e-5)
+        with sdpa_kernel(SDPBackend.MATH):
+            plain_step(plain.model, plain_optimizer, clips, masks, weights, config.ema)
+        times.append(time.perf_counter())
         if turn >= WARMUP_TURNS:
-            seconds["ours"].append(middle - began)
-            seconds["plain"].append(time.perf_counter() - middle)
+            for name, began, ended in zip(seconds, times, times[1:]):
+                seconds[name].append(ended - began)
             work.append(train.flops_of(config, masks, ema=True))
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    for name, median in medians.items():
-        print(f"{name:<6} {median:7.3f} s a step, {config.batch / median:6.2f} clips/s (rounds: "
-              + ", ".join(f"{second:.2f}" for second in seconds[name]) + ")")
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}: "
-          f"{medians['plain'] / medians['ours']:.2f} times the clips/s of the plain step")
-    least = statistics.median(work) / matrix_rate()
-    print(f"its matrix products alone would take {least:.2f} s at the rate of large ones on this machine: "
-          f"{medians['plain'] / least:.2f} times the clips/s of the plain step is what could be reached at most")
+    least, ours = statistics.median(work) / matrix_rate(), statistics.median(seconds["ours"])
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; matrix products alone would take {least:.2f} "
+          "s at the rate of large ones on this machine")
+    for name, rounds in seconds.items():
+        median = statistics.median(rounds)
+        print(f"{name}: {median:.2f} s a step (rounds: {', '.join(f'{second:.2f}' for second in rounds)})"
+              + (f"; ours has {median / ours:.2f} times its clips/s, at most {median / least:.2f}"
+                 if name != "ours" else ""))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from miniature import write_datasets
 from model import SIZES, Encoder
 from test_probe import foreign
 
-SMALL = ["--size", "tiny", "--frames", "8", "--crop", "32", "--patch", "8", "--batch", "4", "--workers", "0",
+SMALL = ["--model", "tiny", "--frames", "8", "--crop", "32", "--patch", "8", "--batch", "4", "--workers", "0",
          "--device", "cpu"]
 NOTE = """#!{python}
 import json, sys

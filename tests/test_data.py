@@ -453,8 +453,9 @@ class Numbers(data.Videos):
         return torch.cat((torch.full((1, 2, 4, 4), item, dtype=torch.uint8), noise))
 
 
-def draw_masks(clips, generator):
-    return torch.randint(1000, (len(clips), 5), generator=generator)
+def draw_masks(clips, generator, sizes=None):
+    size = 5 if sizes is None else torch.randint(1000, (), generator=sizes).item()
+    return torch.randint(1000, (len(clips), size), generator=generator)
 
 
 def test_an_epoch_holds_every_item_once():
@@ -493,7 +494,8 @@ def test_a_batch_depends_on_seed_and_step_alone():
     for step in range(6):
         halves = [make(rank=rank, ranks=2)[step] for rank in range(2)]
         assert torch.equal(torch.cat([clips for clips, _, _ in halves]), first[step][0])
-        assert not torch.equal(halves[0][1], halves[1][1])
+        assert halves[0][1].shape == halves[1][1].shape and not torch.equal(halves[0][1], halves[1][1])
+    assert len({make(ranks=2)[step][1].shape for step in range(6)}) == 6  # sizes are drawn anew at every step
 
 
 def test_batches_can_be_sent_to_a_process(tmp_path):
@@ -681,11 +683,23 @@ def test_a_missing_piece_is_named_with_what_it_holds_and_who_offers_it(copy, nam
     assert f"{copy / piece} is missing; it should hold " in message and publisher in message and "\n" not in message
 
 
+def test_two_folders_that_could_be_the_dataset_are_not_chosen_between(copy):
+    for folder in ("coco", "imagenet"):
+        shutil.copytree(copy / "train", copy / folder / "train")
+    assert str(data.imagenet100(copy).train.paths[0]).startswith(str(copy / "train"))  # the root itself comes first
+    shutil.rmtree(copy / "train")
+    with pytest.raises(ValueError, match="both .*coco and .*imagenet hold train; give the folder of one"):
+        data.imagenet100(copy)
+
+
 @pytest.mark.parametrize("name, piece, content, message", [
     ("ucf101", "ucfTrainTestlist/classInd.txt", "ApplyEyeMakeup\n", "entry 1 of .*classInd.txt"),
     ("ucf101", "ucfTrainTestlist/trainlist01.txt", "Golf/v_Golf_g01_c01.avi 4\n", "entry 1 of .*trainlist01.txt"),
     ("ssv2", "train.json", "[{'id'", "train.json is no valid JSON"),
     ("ssv2", "validation.json", '[{"id": "1", "template": "Eating [something]"}]', "entry 1 of .*validation.json"),
+    ("ssv2", "labels.json", "3", "labels.json is not as its publisher writes it"),
+    ("ucf101", "ucfTrainTestlist/testlist01.txt", "\n", "testlist01.txt lists nothing"),
+    ("diving48", "Diving48_V2_test.json", "[]", "Diving48_V2_test.json lists nothing"),
     ("diving48", "Diving48_V2_test.json", '[{"label": 1}]', "entry 1 of .*Diving48_V2_test.json"),
     ("diving48", "Diving48_V2_train.json", '[{"vid_name": "a", "label": 48}]', "entry 1 of .*Diving48_V2_train.json")])
 def test_lists_unlike_their_publishers(copy, name, piece, content, message):

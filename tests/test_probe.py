@@ -22,7 +22,7 @@ from model import SIZES, Encoder, Size, load_foreign
 from probe import BENCHMARKS, Labelled, Recipe
 from synthetic import Blobs, Shapes, write_dataset
 
-CONFIG = {"seed": 0, "size": "tiny", "patch": 8, "tubelet": 2, "frames": 4, "crop": 16, "objective": "baseline",
+CONFIG = {"seed": 0, "model": "tiny", "patch": 8, "tubelet": 2, "frames": 4, "crop": 16, "objective": "baseline",
           "as_released": False}
 
 
@@ -342,16 +342,16 @@ def test_each_probe_of_the_moving_shapes_sees_the_channels_that_it_names(monkeyp
     assert found["5-shot"] == {"direction": 510.0, "appearance": 10.0}
 
 
-def test_synthetic_episodes_of_random_weights_know_appearance():
+def test_episodes_of_random_weights_know_appearance():
     """Any weights show how large and bright a shape is, and that differs between appearances."""
     encoder = probe.make_encoder({**CONFIG, "frames": 8, "crop": 32})
-    found = probe.synthetic_episodes(encoder, 8, 32, count=120, episodes=40)
-    assert list(found) == [f"{factor}, 5-way {shot}-shot episodes" for factor in ("direction", "appearance")
-                           for shot in (1, 5)]
-    assert found == probe.synthetic_episodes(encoder, 8, 32, count=120, episodes=40)
+    sets = [clips.pooled("appearance") for clips in probe.synthetic_sets(encoder, 8, 32, 120)]
+    found = probe.episode_measurements(*sets, way=5, episodes=40, seed=0)
+    assert list(found) == ["5-way 1-shot episodes", "5-way 5-shot episodes"]
+    assert found == probe.episode_measurements(*sets, way=5, episodes=40, seed=0)
     assert all(len(each["values"]) == 40 for each in found.values())
-    appearance = found["appearance, 5-way 5-shot episodes"]
-    assert appearance["mean"] - appearance["interval95"] > 20
+    five = found["5-way 5-shot episodes"]
+    assert five["mean"] - five["interval95"] > 20
 
 
 # -------------------------------------------------------------------------------------------------- features in a file
@@ -426,6 +426,31 @@ def test_features_are_used_again_only_for_the_same_weights_clips_and_sizes(tmp_p
         (tmp_path / "3.mp4").write_bytes(content)
         assert read() == 5 and read() == 0
     assert read(source=Clips(6, folder=tmp_path)) == 6
+
+
+def test_features_are_made_again_where_the_code_that_reads_clips_has_changed(tmp_path, monkeypatch):
+    texts = {path: path.read_text() for path in (Path(probe.__file__).with_name(name) for name in ("model.py", "data.py", "synthetic.py"))}
+    for file in ("probe.py", *(path.name for path in texts)):
+        shutil.copy(Path(probe.__file__).with_name(file), tmp_path)
+    monkeypatch.setattr(probe, "__file__", str(tmp_path / "probe.py"))
+    before = {probe.source_fingerprint(Clips(3))}
+    for path, text in texts.items():
+        (tmp_path / path.name).write_text(text.replace("16", "17"))
+        before.add(probe.source_fingerprint(Clips(3)))
+    assert len(before) == 4
+
+
+def test_a_second_probe_of_the_same_clips_fills_the_same_features(tmp_path):
+    first, note = probe.open_features(tmp_path / "features-x.npy", (4, 1, 8), "identity")
+    second, _ = probe.open_features(tmp_path / "features-x.npy", (4, 1, 8), "identity")
+    first[:] = 1
+    assert note["done"] == 0 and (second == 1).all() and (np.load(tmp_path / "features-x.npy") == 1).all()
+
+
+def test_a_head_that_is_not_finite_is_told(tmp_path):
+    clips = Labelled(torch.full((4, 1, 8), 1e30), torch.tensor([0, 1, 0, 1]))
+    with pytest.raises(ValueError, match="not finite"):
+        probe.accuracy(Recipe("linear", True, 1e30, 4, 1), clips, clips, 0, "cpu")
 
 
 def test_encoders_of_the_same_weights_but_other_heads_are_told_apart():
@@ -546,18 +571,21 @@ def test_several_runs_are_compared_run_by_run(tmp_path, capsys):
     assert "its seed differ" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change, sentence", [
-    (["--seed", "1", "--shots", "1"], "'1-shot, attentive head' do not match: its seed differ"),
-    (["--probe-epochs", "2", "--shots", "3"], "'3-shot, attentive head' do not match: its epochs differ"),
-    (["--episodes", "31"], "'5-way 1-shot episodes' do not match: its episodes differ"),
+@pytest.mark.parametrize("change, name, odd", [
+    (["--seed", "1", "--shots", "1"], "1-shot, attentive head", "seed"),
+    (["--probe-epochs", "2", "--shots", "3"], "3-shot, attentive head", "epochs"),
+    (["--episodes", "31"], "5-way 1-shot episodes", "episodes"),
 ])
-def test_other_draws_are_not_compared(two_results, capsys, change, sentence):
+def test_other_draws_are_named_and_not_compared(two_results, capsys, change, name, odd):
     flags = ["--checkpoint", str(two_results[1].parent / "last.pt"), "--benchmark", "blobs", "--workers", "0"]
     kept = set(json.loads(two_results[1].read_text())["measurements"])
     assert probe.main([*flags, "--probe-epochs", "1", *change]) == 0
     assert set(json.loads(two_results[1].read_text())["measurements"]) == kept  # the others are still there
-    assert probe.main(["--compare", *map(str, two_results)]) == 1
-    assert sentence in capsys.readouterr().err
+    capsys.readouterr()
+    assert probe.main(["--compare", *map(str, two_results)]) == 0
+    lines = {line[:36].strip(): line[37:] for line in capsys.readouterr().out.splitlines()[3:]}
+    assert lines.keys() == kept and lines[name] == f"not comparable: its {odd} differ between results"
+    assert sum("not comparable" in line for line in lines.values()) == 2  # both heads, both shots
 
 
 def test_other_labels_are_not_compared_and_replace_what_was_measured_before(two_results, monkeypatch, capsys):
@@ -627,8 +655,6 @@ def test_without_a_benchmark_it_probes_generated_clips(tmp_path, quick_blobs, ca
     assert list(table) == [f"encoder: {name}" for name in ("linear", "attentive", "1-shot", "5-shot", *halves)]
     assert table["encoder: 1-shot"][1] == "-" and all(float(cell) >= 0 for cell in table["encoder: linear"])
     assert result(tmp_path)["benchmark"] == "blobs"
-    assert probe.main([*flags, "--episodes", "20", "--way", "3", "--frames", "34"]) == 0  # more than blobs have
-    assert "direction, 3-way 1-shot episodes" in capsys.readouterr().out
 
 
 def test_too_little_memory_is_one_sentence(tmp_path, monkeypatch, capsys):
@@ -636,7 +662,8 @@ def test_too_little_memory_is_one_sentence(tmp_path, monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     monkeypatch.setattr(probe, "synthetic_results", full)
     assert probe.main(["--checkpoint", make_checkpoint(tmp_path)]) == 1
-    assert capsys.readouterr().err.startswith("probe.py: the device has too little memory; give fewer --clips")
+    assert capsys.readouterr().err == ("probe.py: there is too little memory; give a smaller number of --clips or "
+                                       "--frames, or --crop\n")
 
 
 # --------------------------------------------------------------------------------------------------- foreign weights
@@ -677,7 +704,7 @@ def test_foreign_weights_give_the_same_outputs_under_every_style_of_names(tmp_pa
     weights = {prefix + name: weight for name, weight in {**foreign(source), **unused}.items()}
     torch.save({"encoder": weights, "epoch": 3, "predictor": {"module.x": torch.zeros(2)}}, tmp_path / "w.pt")
     loaded, about = load_foreign(tmp_path / "w.pt")
-    assert about == {"size": "tiny", "patch": 4, "tubelet": 2, "weights": "encoder"}
+    assert about == {"model": "tiny", "patch": 4, "tubelet": 2, "weights": "encoder"}
     clips = torch.randn(2, 3, 4, 12, 8)
     with torch.no_grad():
         assert torch.equal(loaded(clips), source(clips))
@@ -709,7 +736,7 @@ def test_the_names_and_shapes_are_those_of_v_jepa(size, depth, tmp_path, monkeyp
         monkeypatch.setattr(torch, "load", lambda *_, **__: {"ema_encoder": {
             f"module.backbone.{name}": torch.empty(shape) for name, shape in shapes.items()}})
         loaded, about = load_foreign(tmp_path)
-    assert about == {"size": size, "patch": 16, "tubelet": 2, "weights": "ema_encoder"}
+    assert about == {"model": size, "patch": 16, "tubelet": 2, "weights": "ema_encoder"}
     shapes["patch_embed.proj.weight"] = (width, 3 * 2 * 16 * 16)  # a linear layer over the pixels of a tubelet
     assert sorted(map(tuple, (p.shape for p in loaded.parameters()))) == sorted(shapes.values())
 
@@ -988,7 +1015,8 @@ def test_the_colours_are_principal_components_of_all_clips_with_a_fixed_sign():
 @pytest.mark.parametrize("damage, sentence", [
     (lambda checkpoint: checkpoint["encoder"].pop("video"), "an encoder of another version of model.py"),
     (lambda checkpoint: checkpoint["encoder"].update({"embed.weight": torch.zeros(8, 3)}), "of another version"),
-    (lambda checkpoint: checkpoint["config"].update(size="vit_huge"), "of another version"),
+    (lambda checkpoint: checkpoint["config"].update(model="vit_huge"), "of another version"),
+    (lambda checkpoint: checkpoint["config"].pop("model"), "of another version"),
     (lambda checkpoint: checkpoint.pop("target"), "was not written by this project's train.py"),
 ])
 def test_a_checkpoint_of_other_code_is_refused_in_one_sentence(tmp_path, capsys, damage, sentence):
@@ -1012,11 +1040,16 @@ def test_a_checkpoint_of_other_code_is_refused_in_one_sentence(tmp_path, capsys,
     (["--checkpoint", "CHECKPOINT", "--train-list", "a.csv"], "go together"),
     (["--checkpoint", "CHECKPOINT", "--train-list", "a.csv", "--test-list", "b.csv"], "a.csv"),
     (["--checkpoint", "CHECKPOINT", "--train-list", "a", "--test-list", "b", "--benchmark", "ssv2"], "give one"),
-    (["--checkpoint", "CHECKPOINT", "--shots", "1"], "--shots needs --benchmark"),
+    (["--checkpoint", "CHECKPOINT", "--shots", "1"], "--shots and --episodes need --benchmark"),
     (["--checkpoint", "CHECKPOINT", "--benchmark", "blobs", "--shots", "1,two"], "--shots"),
     (["--checkpoint", "CHECKPOINT", "--benchmark", "blobs", "--shots", "0"], "0 is less than 1"),
     (["--checkpoint", "CHECKPOINT", "--benchmark", "blobs", "--episodes", "0"], "0 is less than 1"),
     (["--checkpoint", "CHECKPOINT", "--benchmark", "blobs", "--episodes", "--way", "9"], "needs 9 classes"),
+    (["--checkpoint", "CHECKPOINT", "--benchmark", "blobs", "--episodes", "--way", "1"], "1 is less than 2"),
+    (["--checkpoint", "CHECKPOINT", "--episodes"], "--shots and --episodes need --benchmark"),
+    (["--checkpoint", "CHECKPOINT", "--pictures", "--benchmark", "blobs", "--shots", "1"], "--pictures goes without"),
+    (["--checkpoint", "CHECKPOINT", "--root", "nowhere"], "--root is for --benchmark"),
+    (["--checkpoint", "CHECKPOINT", "--reference", "ld"], "--reference is for --table"),
     (["--checkpoint", "CHECKPOINT", "--benchmark", "blobs", "--frames", "34"], "34 are too many"),
     (["--checkpoint", "CHECKPOINT", "--benchmark", "blobs", "--crop", "30"], "does not divide into 8x8 patches"),
     (["--checkpoint", "CHECKPOINT", "--probe-epoch", "3"], "--probe-epoch"),

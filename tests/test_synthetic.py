@@ -111,6 +111,9 @@ def test_blobs_are_as_the_study_describes_them():
         assert ((moving.norm(dim=1) - 4).abs() < 0.7).all()
         assert torch.allclose(moving / moving.norm(dim=1, keepdim=True), wanted.float(), atol=0.15)
         assert source.video(item)[0].equal(clip)
+    noise = clip[:, :, ~disc.any(0)].numpy()  # (3, 32, pixels that the disc never reaches)
+    assert abs(chi_square(np.bincount(noise.ravel()), np.full(64, noise.size / 64))) < 4
+    assert abs(np.corrcoef(noise.reshape(96, -1)) - np.eye(96)).max() < 0.1  # fresh in every frame and colour
 
 
 @pytest.mark.parametrize("kind", ["shapes", "blobs"])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import objectives
@@ -96,7 +97,7 @@ def test_the_learning_rate_has_the_studys_values_at_the_same_share_of_any_run(st
 
 def test_the_presets_are_the_studys_regimes():
     regimes = {name: train.parse(["--preset", name])[0] for name in ("ucf101", "mixed", "blobs")}
-    common = {"size": "vit_base", "patch": 16, "tubelet": 2, "ema": 0.99925, "weight_decay": 0.04, "warmup_lr": 1e-4,
+    common = {"model": "vit_base", "patch": 16, "tubelet": 2, "ema": 0.99925, "weight_decay": 0.04, "warmup_lr": 1e-4,
               "lr": 6e-4}
     own = {"ucf101": {"frames": 16, "crop": 224, "fps": 16, "batch": 32, "steps": 30_000},
            "mixed": {"frames": 16, "crop": 224, "fps": 0, "frame_step": 2, "batch": 32, "steps": 30_000},
@@ -276,6 +277,16 @@ def test_two_ranks_with_half_the_batch_each_have_the_gradients_of_one_with_all(f
         assert (difference[name] < 1e-5) != per_rank, (name, difference[name])
     # Each rank meets one file of its own that cannot be read, and both a third one; a rank draws 10 clips.
     assert "unreadable: 4 of videos, share 0.17, both.mp4 rank0.mp4 rank1.mp4" in finished[0].splitlines()
+    assert {f"rank {rank} stops by signal {int(signal.SIGTERM)}" for rank in (0, 1)} <= set(finished[0].splitlines())
+
+
+def test_a_signal_that_comes_while_ranks_agree_is_obeyed_at_the_next_step(monkeypatch):
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train.dist, "all_reduce", lambda value, op: os.kill(os.getpid(), signal.SIGTERM))
+    with train.StopSignal() as stop:
+        assert stop.agreed() == 0
+        monkeypatch.setattr(train.dist, "all_reduce", lambda value, op: None)
+        assert stop.agreed() == signal.SIGTERM
 
 
 @pytest.mark.command(*TORCHRUN, "train.py", *QUICK, "--objective", "hw_ld", "--as-released", "--out", "OUT/run")
@@ -291,7 +302,7 @@ def test_torchrun_trains_and_one_rank_writes(finished):
 @pytest.mark.parametrize("preset", ["mixed", "ucf101"])
 def test_the_presets_train_from_the_publishers_files(tmp_path, miniature, preset):
     out = tmp_path / "run"
-    assert train.main([*QUICK, "--preset", preset, "--root", str(miniature), "--size", "tiny", "--frames", "8",
+    assert train.main([*QUICK, "--preset", preset, "--root", str(miniature), "--model", "tiny", "--frames", "8",
                        "--steps", "2", "--workers", "0", "--out", str(out)]) == 0
     assert json.loads((out / "config.json").read_text())["frame_step"] == (2 if preset == "mixed" else 1)
 
@@ -342,7 +353,7 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path, videos, capsys):
     (["--objective", "basline"], "did you mean 'baseline'"),
     (["--preset", "ucf10"], "did you mean 'ucf101'"),
     (["--objectve", "hw"], "did you mean '--objective'"),
-    (["--size", "vit_bas"], "did you mean 'vit_base'"),
+    (["--model", "vit_bas"], "did you mean 'vit_base'"),
     (["--steps", "0"], "--steps is 0"),
     (["--batch", "0"], "--batch is 0"),
     (["--patch", "0"], "--patch is 0"),
@@ -361,6 +372,14 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path, videos, capsys):
     (["--crop", "8"], "no mask of"),
     (["--probe-clips", "20"], "at least 192"),
     (["--ablate", "l2"], "did you mean 'l1'"),
+    (["--seed", str(2 ** 32)], "must be less than 2 ** 32"),
+    (["--objective", "all"], "names several; add --seeds 0,1,2"),
+    (["--objective", "hw,ld"], "names several; add --seeds 0,1,2"),
+    (["--objective", ""], "unknown objective ''. Known: baseline"),
+    (["--jobs", "2"], "--jobs is for a sweep"),
+    (["--root", "somewhere"], "--root is for --preset mixed or ucf101"),
+    (["--preset", "mixed", "--root", "a", "--data", "b"], "--root is for --preset mixed or ucf101, without --data"),
+    (["--device", "mps"], "torch finds no such device"),
     (["--fwm-split", "level"], "fwm_hw_ld"),
     (["--seeds", "0,x"], "whole numbers"),
     (["--seeds", "0", "--jobs", "0"], "--jobs is 0"),
@@ -371,6 +390,13 @@ def test_bad_input_gives_one_sentence_and_writes_nothing(tmp_path, capsys, flags
     message, = capsys.readouterr().err.splitlines()
     assert message.startswith("train.py: ") and sentence in message
     assert not (tmp_path / "run" / "last.pt").exists() and not (tmp_path / "run" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize("flags", [["--data", "nowhere.csv"], ["--preset", "ucf101", "--root", "nowhere"]])
+def test_a_wrong_path_is_said_before_networks_are_built(tmp_path, capsys, flags, monkeypatch):
+    monkeypatch.setattr(train, "build", None)
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 1
+    assert "nowhere" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_holds_a_run_is_never_overwritten(tmp_path, capsys):
@@ -396,7 +422,8 @@ def test_the_list_names_every_objective_on_a_line_of_its_own(capsys):
 # ------------------------------------------------------------------------------------------- the first command, whole
 
 
-FIRST = ("--objective", "fwm_hw_ld", "--steps", "2", "--probe-clips", "192", "--out", "OUT/fwm_hw_ld-seed0")
+FIRST = ("--objective", "fwm_hw_ld", "--steps", "2", "--probe-clips", "192", "--device", "cpu",
+         "--out", "OUT/fwm_hw_ld-seed0")
 
 
 @pytest.mark.command("train.py", *FIRST)
@@ -494,7 +521,25 @@ def test_a_batch_that_memory_does_not_hold_is_one_sentence(tmp_path, monkeypatch
     memory_for(0, monkeypatch)
     assert train.main([*QUICK, *benchmark, "--out", str(tmp_path / "run")]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "memory for a step of --batch 4 of --size tiny" in error and "give a smaller one" in error
+    assert error == "train.py: there is too little memory; give a smaller --batch, --model or --crop"
+
+
+@pytest.mark.parametrize("error, sentence", [
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "a loader process was killed"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), "too little memory"),
+    (torch._dynamo.exc.TorchDynamoException("no C++ compiler\nmore"), "compile here (no C++ compiler); --compile no"),
+    (KeyboardInterrupt(), "stopped; a run that had begun goes on with --resume"),
+])
+def test_what_is_no_bug_is_one_sentence(monkeypatch, capsys, error, sentence):
+    monkeypatch.setattr(train, "train", lambda *_: (_ for _ in ()).throw(error))
+    assert train.main([]) == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(train, "train", lambda *_: torch.zeros(2) + torch.zeros(3))
+    with pytest.raises(RuntimeError, match="must match"):
+        train.main([])
 
 
 @pytest.mark.parametrize("released", [True, False])
@@ -630,14 +675,17 @@ def test_on_a_gpu_no_step_waits_for_the_device_and_attention_is_flash(name, comp
     clips = torch.randint(256, (8, 3, 8, 32, 32), dtype=torch.uint8).pin_memory()
     batches = [train.draw_masks(clips, generator, (4, 4, 4), trainer.objective.masking) for _ in range(8)]
     batches = [[tuple(tokens.pin_memory() for tokens in mask) for mask in masks] for masks in batches]
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # any other kernel is an error
-        for step, masks in enumerate(batches):  # after these, nothing is compiled again
-            trainer.step(step, clips, masks)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            trainer.step(len(batches), clips, batches[0])
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    for step, masks in enumerate(batches):  # after these, nothing is compiled again
+        trainer.step(step, clips, masks)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.step(len(batches), clips, batches[0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        trainer.step(len(batches) + 1, clips, batches[0])
+    kernels = " ".join(event.key for event in profiler.key_averages())
+    assert "flash_fwd" in kernels and "flash_bwd" in kernels and "fmha" not in kernels and "cudnn" not in kernels
 
 
 # ------------------------------------------------------------------------------------------------ what the README says

@@ -1,5 +1,7 @@
-"""Run by test_train.py: gradients of one rank with the whole batch beside two ranks with half each, and what two ranks
-could not read."""
+"""Run by test_train.py: gradients of one rank with the whole batch beside two ranks with half each, what two ranks could
+not read, and a signal to one of them."""
+import os
+import signal
 import tempfile
 
 import torch
@@ -10,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import Broken
 from model import Size
 from objectives import OBJECTIVES, coefficients, sample_masks
-from train import JEPA
+from train import JEPA, StopSignal
 
 SIZE = Size(24, 4, 2, predictor_width=16, predictor_depth=1, predictor_heads=2)
 CLIPS, GRID = 4, (4, 3, 4)
@@ -43,6 +45,10 @@ def compare(rank, alone, clips, store):
     broken = broken.over_ranks()
     if rank == 0:
         print(f"unreadable: {broken}, share {broken.share:.2f},", *sorted(broken.files), flush=True)
+    with StopSignal() as stop:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        print(f"rank {rank} stops by signal {stop.agreed()}", flush=True)
     dist.destroy_process_group()
 
 
