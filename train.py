@@ -794,7 +794,7 @@ def benchmark(config, names):
     clips = torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device)
     machine = (torch.cuda.get_device_name(device) if device.type == "cuda"
                else f"{device.type}, {torch.get_num_threads()} threads")
-    loader = loader_speed(config) if config.data or config.root else "-"
+    loader = loader_speed(config, device) if config.data or config.root else "-"
     show = functools.partial(print, flush=True) if rank == 0 else lambda line: None
     show(f"{machine} x {ranks}, torch {torch.__version__}, {config.model}, {config.frames} frames of {config.crop} px, "
          f"batch {config.batch}; plain: float32, uncompiled, attention by its mathematics\n")
@@ -814,13 +814,13 @@ def benchmark(config, names):
         dist.destroy_process_group()
 
 
-def loader_speed(config):
+def loader_speed(config, device):
     """Clips per second that the loader's workers prepare when nobody trains."""
     grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
     begun = 3 * max(1, config.workers)  # batches that are under way when the first one arrives
     batches = data.Batches(training_source(config), config.batch, 3 * begun, config.seed,
                            functools.partial(draw_masks, grid=grid, masking=OBJECTIVES[config.objective].masking))
-    ready = iter(data.loader(batches, workers=config.workers))
+    ready = iter(data.loader(batches, workers=config.workers, device=device))
     for _ in range(begun):
         next(ready)
     began = time.perf_counter()
