@@ -432,7 +432,7 @@ class Trainer:
         """Take over a checkpoint; returns the first step to do. Raises ValueError where a part of it is missing."""
         missing = {*self.PARTS, "optimizer"} - checkpoint.keys()
         if missing:
-            raise ValueError(f"last.pt holds no {', no '.join(sorted(missing))}: it can be probed, but not gone on with")
+            raise ValueError(f"last.pt holds no {', no '.join(sorted(missing))}; it can be probed, but not resumed")
         for part in self.PARTS:
             getattr(self.model, part).load_state_dict(checkpoint[part])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
