@@ -108,7 +108,8 @@ def draw_mask(kind, size, grid, masking, motion, generator):
             corner = torch.multinomial(weights, 1, generator=generator).item()
         top, left = divmod(corner, corners[1])
         masked[:, top:top + rows, left:left + columns] = True
-    masked[max(1, int(masking.first_steps * t)):] |= masking.first_steps < 1.0
+    if masking.first_steps < 1.0:
+        masked[max(1, int(masking.first_steps * t)):] = True
     return masked
 
 
@@ -458,8 +459,9 @@ def gelu_derivative(x):
 
 
 def energy_gradient(head, q, p):
-    """dE/dq and dE/dp of the energy network at (q, p), by the chain rule and itself differentiable.
+    """dE/dq and dE/dp of the energy network at (q, p), themselves differentiable.
 
+    By the chain rule, since torch.autograd.grad would break the graph of a compiled step:
     E = last(gelu(outer)), outer = second(gelu(inner)), inner = first(q, p).
     """
     first, _, second, _, last = head

@@ -169,6 +169,170 @@ def last_level(encoder, clips):
     return all_levels(encoder, clips)[..., -encoder.video.shape[-1]:]
 
 
+# ----------------------------------------------------------------------------------------------------------- heads
+
+
+class LinearHead(nn.Module):
+    """One linear layer on the mean of a clip's tokens [n, N, D]: the study's linear head, as it is.
+
+    `standardise` makes it the head of our own probes, which brings each channel to mean 0 and deviation 1 first. Frozen
+    features differ in scale by orders of magnitude, and an untrained encoder's hardly differ between clips: one
+    learning rate cannot suit them all, so that the plain head measures scale, too. ImageNet-100 keeps the plain head,
+    to be comparable with the study's numbers.
+    """
+
+    def __init__(self, width, classes):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("deviation", torch.ones(width))
+        self.linear = nn.Linear(width, classes)
+
+    def standardise(self, features):
+        """By the mean and deviation of all training clips [n, 1, D]. That takes no labels: k-shot may do it, too."""
+        self.mean, self.deviation = features.squeeze(1).mean(0), features.squeeze(1).std(0) + 1e-6
+
+    def forward(self, tokens):
+        return self.linear((tokens.mean(1) - self.mean) / self.deviation)  # (n, classes)
+
+
+class AttentiveHead(nn.Module):
+    """Class token and all tokens [n, N, D], one 8-head self-attention with residual, LayerNorm, linear.
+
+    Only the class token is read, so only its query is computed.
+    """
+
+    def __init__(self, width, classes):
+        super().__init__()
+        self.token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.attention = nn.MultiheadAttention(width, 8, batch_first=True)
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, classes)
+
+    def forward(self, tokens):
+        query = self.token.expand(len(tokens), -1, -1)  # (n, 1, D)
+        everything = torch.cat((query, tokens), dim=1)  # (n, 1 + N, D)
+        attended, _ = self.attention(query, everything, everything, need_weights=False)
+        return self.linear(self.norm(query + attended).squeeze(1))  # (n, classes)
+
+
+def train_head(head, train, recipe, seed, device, progress=""):
+    """AdamW on shuffled epochs over the labelled clips of `train`; returns the head."""
+    optimizer = torch.optim.AdamW(head.parameters(), lr=recipe.lr, weight_decay=WEIGHT_DECAY)
+    shuffle = torch.Generator().manual_seed(seed)
+    labelled = (train.labels >= 0).nonzero().squeeze(1)
+    steps = recipe.epochs * math.ceil(len(labelled) / recipe.batch)
+    with tqdm(total=steps, desc=progress, unit="step", disable=not progress, leave=False) as bar:
+        for _ in range(recipe.epochs):
+            for picked in labelled[torch.randperm(len(labelled), generator=shuffle)].split(recipe.batch):
+                loss = F.cross_entropy(head(train.read(picked, device)), train.labels[picked].to(device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                bar.update()
+    return head
+
+
+@torch.no_grad()
+def top1(head, test, device):
+    """Accuracy in percent."""
+    scores = torch.cat([head(test.read(rows, device)) for rows in torch.arange(len(test.labels)).split(64)])
+    if not scores.isfinite().all():
+        raise ValueError("what the head computes is not finite: it diverged, or had too few clips to learn from")
+    predicted = scores.argmax(-1)
+    return 100 * (predicted.cpu() == test.labels).double().mean().item()
+
+
+def accuracy(recipe, train, test, seed, device, progress=""):
+    """Top-1 % on the clips `test` of a head that learned from the clips `train`. The seed: weights and shuffling."""
+    torch.manual_seed(seed)
+    width, classes = train.features.shape[-1], int(max(train.labels.max(), test.labels.max())) + 1
+    head = (AttentiveHead if recipe.head == "attentive" else LinearHead)(width, classes)
+    if recipe.head == "standardised":
+        head.standardise(train.features)
+    return top1(train_head(head.to(device), train, recipe, seed, device, progress), test, device)
+
+
+# ------------------------------------------------------------------------------------------------ generated clips
+
+FACTORS = {"direction": DIRECTIONS, "speed": len(SPEEDS), "appearance": len(APPEARANCES)}  # with their classes
+
+
+class Generated(NamedTuple):
+    """Moving-shape clips as an encoder sees them."""
+    tokens: torch.Tensor  # [n, N, D] of the last level; None where nobody asked for them
+    levels: torch.Tensor  # [n, 1, 4D], the mean over tokens of all four levels
+    factors: dict  # labels [n] by factor, on the CPU
+
+    def pooled(self, factor):
+        """The mean of the last level, which is what the study evaluates, labelled by a factor."""
+        return Labelled(self.levels[..., -(self.levels.shape[-1] // LEVELS):], self.factors[factor])
+
+
+def synthetic_sets(encoder, frames, crop, count, keep_tokens=False):
+    """Held-out moving-shape clips: (`count` to train a head on, a third as many to test it on)."""
+    sets, width = [], encoder.video.shape[-1]
+    for number, seed in ((count, HELD_OUT), (max(1, count // 3), HELD_OUT + 1)):
+        source = Shapes(frames, crop, seed, encoder.video.device)
+        tokens, levels = [], []
+        for items in torch.arange(number).split(64):
+            features = all_levels(encoder, source.clips(items))  # (64, N, 4D)
+            levels.append(features.mean(1, keepdim=True))
+            if keep_tokens:
+                tokens.append(features[..., -width:].clone())  # a copy, since a slice would keep all levels alive
+        factors = {name: labels.cpu() for name, labels in source.factors(torch.arange(number)).items()}
+        sets.append(Generated(torch.cat(tokens) if keep_tokens else None, torch.cat(levels), factors))
+    return sets
+
+
+def channel_groups(width):
+    """The two ways to cut 4D channels into appearance and dynamics, each half as channel numbers, by name."""
+    channels = torch.arange(LEVELS * width)
+    groups = {}
+    for name, by_level in (("by depth", False), ("within levels", True)):
+        halves = appearance_and_dynamics(channels, by_level=by_level)
+        groups[f"appearance half {name}"], groups[f"dynamics half {name}"] = halves
+    return groups
+
+
+def synthetic_results(encoder, frames, crop, count, seed=0, attentive=True, halves=True, progress=False):
+    """All that the moving-shape clips tell of an encoder: {measurement: {factor: top-1 %}}.
+
+    "linear" and "attentive" heads on the last level; "1-shot" and "5-shot": 600 episodes of 5 classes on its mean over
+    tokens; and linear heads on each half of all four levels' channels, for both ways to cut them (`channel_groups`).
+    Attentive heads, which take memory for all tokens, and halves, which take time, can be left out.
+    """
+    train, test = synthetic_sets(encoder, frames, crop, count, keep_tokens=attentive)
+    device, found = encoder.video.device, {}
+
+    def measure(name, recipe, select):
+        """select(clips, factor) -> Labelled."""
+        found[name] = {factor: accuracy(recipe, select(train, factor), select(test, factor), seed, device,
+                                        f"{name}, {factor}" if progress else "") for factor in FACTORS}
+    measure("linear", SYNTHETIC["linear"], Generated.pooled)
+    if attentive:
+        measure("attentive", SYNTHETIC["attentive"],
+                lambda clips, factor: Labelled(clips.tokens, clips.factors[factor]))
+    for shot in (1, 5):
+        found[f"{shot}-shot"] = {
+            factor: episode_accuracies(train.pooled(factor), test.pooled(factor), 5, shot, EPISODES, seed).mean().item()
+            for factor in ("direction", "appearance")}
+    if halves:
+        for name, group in channel_groups(encoder.video.shape[-1]).items():
+            measure(name, SYNTHETIC["linear"],
+                    lambda clips, factor: Labelled(clips.levels[..., group.to(device)], clips.factors[factor]))
+    return found
+
+
+def show_synthetic(rows):
+    """Print results, {name of an encoder: `synthetic_results`}, as one table: a row per encoder and measurement."""
+    print(f"\n{'top-1 %':<42}" + "".join(f"{factor:>12}" for factor in FACTORS))
+    for encoder, found in rows.items():
+        for name, values in found.items():
+            print(f"{f'{encoder}: {name}':<42}" + "".join(
+                f"{values[factor]:12.1f}" if factor in values else f"{'-':>12}" for factor in FACTORS))
+    print(f"{'chance (5-way shots: 20)':<42}" + "".join(f"{100 / classes:12.1f}" for classes in FACTORS.values()))
+
+
 # ----------------------------------------------------------------------------------------------- features in a file
 
 BATCH = 16  # clips
@@ -320,95 +484,12 @@ def extract(subject, source, name, pooled, workers):
     return Labelled(features[:len(labels)], torch.tensor(labels)), note
 
 
-# ----------------------------------------------------------------------------------------------------------- heads
-
-
-class LinearHead(nn.Module):
-    """One linear layer on the mean of a clip's tokens [n, N, D]: the study's linear head, as it is.
-
-    `standardise` makes it the head of our own probes, which brings each channel to mean 0 and deviation 1 first. Frozen
-    features differ in scale by orders of magnitude, and an untrained encoder's hardly differ between clips: one
-    learning rate cannot suit them all, so that the plain head measures scale, too. ImageNet-100 keeps the plain head,
-    to be comparable with the study's numbers.
-    """
-
-    def __init__(self, width, classes):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("deviation", torch.ones(width))
-        self.linear = nn.Linear(width, classes)
-
-    def standardise(self, features):
-        """By the mean and deviation of all training clips [n, 1, D]. That takes no labels: k-shot may do it, too."""
-        self.mean, self.deviation = features.squeeze(1).mean(0), features.squeeze(1).std(0) + 1e-6
-
-    def forward(self, tokens):
-        return self.linear((tokens.mean(1) - self.mean) / self.deviation)  # (n, classes)
-
-
-class AttentiveHead(nn.Module):
-    """Class token and all tokens [n, N, D], one 8-head self-attention with residual, LayerNorm, linear.
-
-    Only the class token is read, so only its query is computed.
-    """
-
-    def __init__(self, width, classes):
-        super().__init__()
-        self.token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.attention = nn.MultiheadAttention(width, 8, batch_first=True)
-        self.norm = nn.LayerNorm(width)
-        self.linear = nn.Linear(width, classes)
-
-    def forward(self, tokens):
-        query = self.token.expand(len(tokens), -1, -1)  # (n, 1, D)
-        everything = torch.cat((query, tokens), dim=1)  # (n, 1 + N, D)
-        attended, _ = self.attention(query, everything, everything, need_weights=False)
-        return self.linear(self.norm(query + attended).squeeze(1))  # (n, classes)
-
-
-def train_head(head, train, recipe, seed, device, progress=""):
-    """AdamW on shuffled epochs over the labelled clips of `train`; returns the head."""
-    optimizer = torch.optim.AdamW(head.parameters(), lr=recipe.lr, weight_decay=WEIGHT_DECAY)
-    shuffle = torch.Generator().manual_seed(seed)
-    labelled = (train.labels >= 0).nonzero().squeeze(1)
-    steps = recipe.epochs * math.ceil(len(labelled) / recipe.batch)
-    with tqdm(total=steps, desc=progress, unit="step", disable=not progress, leave=False) as bar:
-        for _ in range(recipe.epochs):
-            for picked in labelled[torch.randperm(len(labelled), generator=shuffle)].split(recipe.batch):
-                loss = F.cross_entropy(head(train.read(picked, device)), train.labels[picked].to(device))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                bar.update()
-    return head
-
-
-@torch.no_grad()
-def top1(head, test, device):
-    """Accuracy in percent."""
-    scores = torch.cat([head(test.read(rows, device)) for rows in torch.arange(len(test.labels)).split(64)])
-    if not scores.isfinite().all():
-        raise ValueError("what the head computes is not finite: it diverged, or had too few clips to learn from")
-    predicted = scores.argmax(-1)
-    return 100 * (predicted.cpu() == test.labels).double().mean().item()
-
-
-def accuracy(recipe, train, test, seed, device, progress=""):
-    """Top-1 % on the clips `test` of a head that learned from the clips `train`. The seed: weights and shuffling."""
-    torch.manual_seed(seed)
-    width, classes = train.features.shape[-1], int(max(train.labels.max(), test.labels.max())) + 1
-    head = (AttentiveHead if recipe.head == "attentive" else LinearHead)(width, classes)
-    if recipe.head == "standardised":
-        head.standardise(train.features)
-    return top1(train_head(head.to(device), train, recipe, seed, device, progress), test, device)
-
-
 # -------------------------------------------------------------------------------------------- few labels, and results
 
 
 @functools.cache
 def student_t(freedom):
-    """The 97.5 % quantile of Student's t."""
+    """The 97.5 % quantile of Student's t, by summing its density: SciPy is no dependency."""
     # With t = sqrt(freedom) tan(angle) the density of t becomes cos(angle)^(freedom - 1), which is easily summed.
     angle = torch.linspace(0, math.pi / 2, 1_000_001, dtype=torch.float64)[:-1]
     share = (angle.cos() ** (freedom - 1)).cumsum(0)
@@ -546,6 +627,8 @@ def evaluate(subject, name, train_source, test_source, flags):
         values = [accuracy(recipe, train, test, seed, device, f"{recipe.head} head, seed {seed}") for seed in seeds]
         measurements[f"all labels, {recipe.head} head"] = measurement(
             values, train, test, **recipe._asdict(), weight_decay=WEIGHT_DECAY, seeds=seeds)
+    classes = len({*train.labels.tolist(), *test.labels.tolist()})
+    print(f"{name}: {len(train.labels):,} clips to learn from, {len(test.labels):,} to be tested on, {classes} classes")
     show(measurements)
     path, identity = subject.folder / f"results-{name}.json", [train_note["identity"], test_note["identity"]]
     before = read_json(path)
@@ -596,86 +679,6 @@ def compare(paths):
     if not compared:
         raise ValueError(f"nothing can be compared; {' '.join(lines[-1].split())}")
     print("\n".join(lines))
-
-
-# ------------------------------------------------------------------------------------------------ generated clips
-
-FACTORS = {"direction": DIRECTIONS, "speed": len(SPEEDS), "appearance": len(APPEARANCES)}  # with their classes
-
-
-class Generated(NamedTuple):
-    """Moving-shape clips as an encoder sees them."""
-    tokens: torch.Tensor  # [n, N, D] of the last level; None where nobody asked for them
-    levels: torch.Tensor  # [n, 1, 4D], the mean over tokens of all four levels
-    factors: dict  # labels [n] by factor, on the CPU
-
-    def pooled(self, factor):
-        """The mean of the last level, which is what the study evaluates, labelled by a factor."""
-        return Labelled(self.levels[..., -(self.levels.shape[-1] // LEVELS):], self.factors[factor])
-
-
-def synthetic_sets(encoder, frames, crop, count, keep_tokens=False):
-    """Held-out moving-shape clips: (`count` to train a head on, a third as many to test it on)."""
-    sets, width = [], encoder.video.shape[-1]
-    for number, seed in ((count, HELD_OUT), (max(1, count // 3), HELD_OUT + 1)):
-        source = Shapes(frames, crop, seed, encoder.video.device)
-        tokens, levels = [], []
-        for items in torch.arange(number).split(64):
-            features = all_levels(encoder, source.clips(items))  # (64, N, 4D)
-            levels.append(features.mean(1, keepdim=True))
-            if keep_tokens:
-                tokens.append(features[..., -width:].clone())  # a copy, since a slice would keep all levels alive
-        factors = {name: labels.cpu() for name, labels in source.factors(torch.arange(number)).items()}
-        sets.append(Generated(torch.cat(tokens) if keep_tokens else None, torch.cat(levels), factors))
-    return sets
-
-
-def channel_groups(width):
-    """The two ways to cut 4D channels into appearance and dynamics, each half as channel numbers, by name."""
-    channels = torch.arange(LEVELS * width)
-    groups = {}
-    for name, by_level in (("by depth", False), ("within levels", True)):
-        groups[f"appearance {name}"], groups[f"dynamics {name}"] = appearance_and_dynamics(channels, by_level=by_level)
-    return groups
-
-
-def synthetic_results(encoder, frames, crop, count, seed=0, full=True, progress=False):
-    """All that the moving-shape clips tell of an encoder: {measurement: {factor: top-1 %}}.
-
-    "linear" and "attentive" heads on the last level; "1-shot" and "5-shot": 600 episodes of 5 classes on its mean over
-    tokens; and linear heads on each half of all four levels' channels, for both ways to cut them (`channel_groups`).
-    Without `full` neither attentive heads, which take memory for all tokens, nor halves, which take time.
-    """
-    train, test = synthetic_sets(encoder, frames, crop, count, keep_tokens=full)
-    device, found = encoder.video.device, {}
-
-    def measure(name, recipe, select):
-        """select(clips, factor) -> Labelled."""
-        found[name] = {factor: accuracy(recipe, select(train, factor), select(test, factor), seed, device,
-                                        f"{name}, {factor}" if progress else "") for factor in FACTORS}
-    measure("linear", SYNTHETIC["linear"], Generated.pooled)
-    if full:
-        measure("attentive", SYNTHETIC["attentive"],
-                lambda clips, factor: Labelled(clips.tokens, clips.factors[factor]))
-    for shot in (1, 5):
-        found[f"{shot}-shot"] = {
-            factor: episode_accuracies(train.pooled(factor), test.pooled(factor), 5, shot, EPISODES, seed).mean().item()
-            for factor in ("direction", "appearance")}
-    if full:
-        for name, group in channel_groups(encoder.video.shape[-1]).items():
-            measure(name, SYNTHETIC["linear"],
-                    lambda clips, factor: Labelled(clips.levels[..., group.to(device)], clips.factors[factor]))
-    return found
-
-
-def show_synthetic(rows):
-    """Print results, {name of an encoder: `synthetic_results`}, as one table: a row per encoder and measurement."""
-    print(f"\n{'top-1 %':<42}" + "".join(f"{factor:>12}" for factor in FACTORS))
-    for encoder, found in rows.items():
-        for name, values in found.items():
-            print(f"{f'{encoder}: {name}':<42}" + "".join(
-                f"{values[factor]:12.1f}" if factor in values else f"{'-':>12}" for factor in FACTORS))
-    print(f"{'chance (5-way shots: 20)':<42}" + "".join(f"{100 / classes:12.1f}" for classes in FACTORS.values()))
 
 
 # --------------------------------------------------------------------------------------------------- a sweep's table
@@ -806,8 +809,9 @@ def print_table(folder, reference):
           "seeds\n")
     cuts = [(cut, factor) for cut in ("by depth", "within levels") for factor in FACTORS]
     markdown([f"{factor}, {cut}" for cut, factor in cuts], {name: [
-        difference_cell(torch.tensor([numbers[f"dynamics {cut}", factor] - numbers[f"appearance {cut}", factor]
-                                      for numbers in runs.values() if (f"dynamics {cut}", factor) in numbers]))
+        difference_cell(torch.tensor([
+            numbers[f"dynamics half {cut}", factor] - numbers[f"appearance half {cut}", factor]
+            for numbers in runs.values() if (f"dynamics half {cut}", factor) in numbers]))
         for cut, factor in cuts] for name, runs in table.items() if name != "untrained"})
     print("\nLogged while training (README, every logged number), mean ± standard deviation over seeds\n")
     markdown(LOGGED, {name: [mean_cell(runs, column, 3) for column in LOGGED]
@@ -869,9 +873,10 @@ def principal_colours(tokens):
 
 
 def save_rows(rows, path):
-    """A list of rows [t, 3, H, W] -> a PNG with a row's pictures side by side."""
-    buffer = io.BytesIO()
-    save_image(torch.cat(rows), buffer, nrow=len(rows[0]), pad_value=1, format="png")
+    """A list of rows [t, 3, H, W] -> a PNG with a row's pictures side by side, small ones enlarged to about 128."""
+    pictures, buffer = torch.cat(rows), io.BytesIO()
+    pictures = cells_to_pixels(pictures, max(1, 128 // pictures.shape[-1]))
+    save_image(pictures, buffer, nrow=len(rows[0]), pad_value=1, format="png")
     write_file(path, buffer.getvalue())
     print(f"written to {path}")
 

@@ -88,100 +88,6 @@ PRESETS = {
 }
 
 
-def known(kind, name, names):
-    """The name itself; a ValueError with the nearest known name if there is no such name."""
-    if name in names:
-        return name
-    nearest = "".join(f"; did you mean '{near}'?" for near in difflib.get_close_matches(name, names, n=1, cutoff=0.4))
-    raise ValueError(f"unknown {kind} '{name}'{nearest or '.'} Known: {', '.join(names)}")
-
-
-def parse(arguments):
-    """Command line -> (Config, other flags). The preset's values first, then what the flags say."""
-    parser = Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--list", action="store_true", help="print the 28 objectives and stop")
-    parser.add_argument("--gradients", action="store_true", help="print which networks each loss trains and stop")
-    parser.add_argument("--benchmark", action="store_true", help="time the training step; --objective a,b or all")
-    parser.add_argument("--resume", action="store_true", help="continue the run in its folder")
-    parser.add_argument("--seeds", help="a sweep: --objective a,b or all with each of these seeds, as 0,1,2")
-    parser.add_argument("--jobs", type=int, help="runs of a sweep side by side [one per CPU core; on a GPU 1]")
-    for item in fields(Config):
-        flag = "--" + item.name.replace("_", "-")
-        if item.type is bool:
-            parser.add_argument(flag, action="store_true", default=None, help=item.metadata["help"])
-        else:
-            parser.add_argument(flag, type=item.type, metavar=item.type.__name__.upper(), help=item.metadata["help"])
-    given, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        flags = [option for action in parser._actions for option in action.option_strings if option[:2] == "--"]
-        known("flag", unknown[0].split("=")[0], flags)
-    preset = known("preset", given.preset or Config.preset, PRESETS)
-    chosen = {item.name: getattr(given, item.name) for item in fields(Config)
-              if getattr(given, item.name) is not None}
-    config = Config(**{**PRESETS[preset], **chosen, "preset": preset})
-    if "frame_step" in chosen and "fps" not in chosen:
-        config.fps = 0
-    if given.benchmark or given.seeds:
-        given.names = list(OBJECTIVES) if config.objective == "all" else config.objective.split(",")
-        config.objective = given.names[0]
-        for name in given.names:
-            known("objective", name, OBJECTIVES)
-    elif config.objective == "all" or "," in config.objective:
-        raise ValueError(f"--objective {config.objective} names several; add --seeds 0,1,2 to train each, or "
-                         "--benchmark")
-    elif given.jobs is not None:
-        raise ValueError("--jobs is for a sweep; add --seeds 0,1,2")
-    if given.seeds:
-        try:
-            given.seeds = [int(seed) for seed in given.seeds.split(",")]
-        except ValueError:
-            raise ValueError(f"--seeds {given.seeds}: give whole numbers with commas, as 0,1,2") from None
-        if given.jobs is not None and given.jobs < 1:
-            raise ValueError(f"--jobs is {given.jobs}; it must be at least 1")
-        config.out = config.out or "runs/study"
-    return check(config), given
-
-
-def check(config):
-    """The same Config with its run folder filled in. Raises ValueError for what cannot run."""
-    known("objective", config.objective, OBJECTIVES)
-    known("model", config.model, SIZES)
-    known("device", config.device, ("auto", "cuda", "mps", "cpu"))
-    known("value of --compile", config.compile, ("auto", "yes", "no"))
-    known("value of --fwm-split", config.fwm_split, ("depth", "level"))
-    known("value of --ablate", config.ablate, ("", *ABLATIONS))
-    counts = "frames", "crop", "frame_step", "patch", "tubelet", "steps", "batch", "log_every", "save_every"
-    if config.seed >= 2 ** 32:
-        raise ValueError(f"--seed is {config.seed}; it must be less than 2 ** 32")
-    if config.root and (config.data or config.preset not in ("mixed", "ucf101")):
-        raise ValueError("--root is for --preset mixed or ucf101, without --data")
-    least = dict.fromkeys(counts, 1) | dict.fromkeys(("seed", "fps", "workers", "lr", "warmup_lr", "weight_decay"), 0)
-    for name, value in least.items():
-        if not getattr(config, name) >= value:  # so put, it refuses nan as well
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least {value}")
-    for name in ("ema", "max_broken"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be from 0 to 1")
-    if config.probe_clips and config.probe_clips < 192:
-        raise ValueError(f"--probe-clips {config.probe_clips} are too few to probe 8 classes with; give at least 192, "
-                         "or 0 for no table")
-    grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
-    if grid[0] < 2:
-        raise ValueError(f"{config.frames} frames in tubelets of {config.tubelet} give {grid[0]} time step; "
-                         "the method needs at least 2: raise --frames")
-    if not config.out:
-        config.out = f"runs/{Path(config.data).stem if config.data else config.preset}-{run_name(config)}"
-    return config
-
-
-def run_name(config):
-    """The objective, what of the method was changed by flags, and the seed."""
-    changes = {"-as-released": config.as_released, f"-fwm-split-{config.fwm_split}": config.fwm_split != "depth",
-               f"-without-{config.ablate}": config.ablate,
-               f"-ema-{config.ema:g}": config.ema != PRESETS[config.preset].get("ema", Config.ema)}
-    return config.objective + "".join(change for change in changes if changes[change]) + f"-seed{config.seed}"
-
-
 class JEPA(nn.Module):
     """The networks of one run, and one forward pass from clips and masks to losses."""
 
@@ -191,7 +97,7 @@ class JEPA(nn.Module):
         self.encoder = Encoder(size, patch, tubelet)
         self.predictor = Predictor(size)
         self.heads = make_heads(objective, size.width)
-        self.target = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.target = copy.deepcopy(self.encoder).requires_grad_(False)  # the stop-gradient of the method
 
     def targets(self, clips):
         """What is to be predicted: features of the whole clip, [B, N, 4D]. Without EMA they carry gradient."""
@@ -246,6 +152,24 @@ def build(config):
     return JEPA(objective, size_of(config), config.patch, config.tubelet)
 
 
+@torch.no_grad()
+def collapse_meter(h, most_tokens=4096):
+    """Are the target features alive? h [B, N, 4D] -> effective rank, mean standard deviation of a channel.
+
+    Effective rank: exp of the entropy of the normalised singular values of the centred token features (at most 4D).
+    The deviation falls to 0 when all tokens look the same. The rank need not: it has no scale, and what little
+    difference is left may run in many directions.
+    """
+    tokens = h.flatten(0, 1).float()  # (B*N, 4D)
+    tokens = tokens[:: max(1, len(tokens) // most_tokens)]
+    tokens = tokens - tokens.mean(0)
+    gram = tokens.T @ tokens
+    squared = torch.linalg.eigvalsh(gram.cpu() if gram.device.type == "mps" else gram)  # singular values, squared
+    squared = squared * (squared > 1e-6 * squared[-1])  # what lies below is rounding
+    share = squared.sqrt() / squared.sqrt().sum().clamp(min=1e-12)
+    return torch.special.entr(share).sum().exp(), tokens.std(0).mean()
+
+
 def make_optimizer(model, config):
     """AdamW; weight decay on matrices only, not on biases and 1-D tensors."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -281,24 +205,6 @@ def training_source(config):
     if config.preset == "mixed":
         return data.open_mixed(config.root, config.frames, config.crop, **spacing)
     return data.open_dataset("ucf101", config.root, "train", config.frames, config.crop, **spacing)
-
-
-@torch.no_grad()
-def collapse_meter(h, most_tokens=4096):
-    """Are the target features alive? h [B, N, 4D] -> effective rank, mean standard deviation of a channel.
-
-    Effective rank: exp of the entropy of the normalised singular values of the centred token features (at most 4D).
-    The deviation falls to 0 when all tokens look the same. The rank need not: it has no scale, and what little
-    difference is left may run in many directions.
-    """
-    tokens = h.flatten(0, 1).float()  # (B*N, 4D)
-    tokens = tokens[:: max(1, len(tokens) // most_tokens)]
-    tokens = tokens - tokens.mean(0)
-    gram = tokens.T @ tokens
-    squared = torch.linalg.eigvalsh(gram.cpu() if gram.device.type == "mps" else gram)  # singular values, squared
-    squared = squared * (squared > 1e-6 * squared[-1])  # what lies below is rounding
-    share = squared.sqrt() / squared.sqrt().sum().clamp(min=1e-12)
-    return torch.special.entr(share).sum().exp(), tokens.std(0).mean()
 
 
 # ------------------------------------------------------------------------------------------------------ run folder
@@ -576,9 +482,9 @@ def finish(trainer, folder):
         encoders = {"untrained": build(config).encoder.to(device), "trained": getattr(trainer.model, trainer.evaluated)}
         with torch.compiler.set_stance("force_eager"):  # blocks would be compiled again for the probes' shapes
             for name, encoder in encoders.items():
-                full = config.preset == "synthetic" and name == "trained"  # the rest takes long, or much memory
-                found[name] = probe.synthetic_results(
-                    encoder, config.frames, config.crop, config.probe_clips, full=full)
+                attentive = config.preset == "synthetic"  # other presets have too many tokens to keep in memory
+                found[name] = probe.synthetic_results(encoder, config.frames, config.crop, config.probe_clips,
+                                                      attentive=attentive, halves=attentive and name == "trained")
         probe.show_synthetic({name: {kind: found[name][kind] for kind in ("linear", "attentive") if kind in found[name]}
                               for name in found})
     last = list(csv.DictReader((folder / "metrics.csv").open()))[-1]
@@ -885,6 +791,103 @@ def gradient_reach(objective, size):
             if any(gradient.abs().sum() > 0 for gradient in gradients):
                 reached[part].append(name)
     return reached
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def known(kind, name, names):
+    """The name itself; a ValueError with the nearest known name if there is no such name."""
+    if name in names:
+        return name
+    nearest = "".join(f"; did you mean '{near}'?" for near in difflib.get_close_matches(name, names, n=1, cutoff=0.4))
+    raise ValueError(f"unknown {kind} '{name}'{nearest or '.'} Known: {', '.join(names)}")
+
+
+def parse(arguments):
+    """Command line -> (Config, other flags). The preset's values first, then what the flags say."""
+    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--list", action="store_true", help="print the 28 objectives and stop")
+    parser.add_argument("--gradients", action="store_true", help="print which networks each loss trains and stop")
+    parser.add_argument("--benchmark", action="store_true", help="time the training step; --objective a,b or all")
+    parser.add_argument("--resume", action="store_true", help="continue the run in its folder")
+    parser.add_argument("--seeds", help="a sweep: --objective a,b or all with each of these seeds, as 0,1,2")
+    parser.add_argument("--jobs", type=int, help="runs of a sweep side by side [one per CPU core; on a GPU 1]")
+    for item in fields(Config):
+        flag = "--" + item.name.replace("_", "-")
+        if item.type is bool:
+            parser.add_argument(flag, action="store_true", default=None, help=item.metadata["help"])
+        else:
+            parser.add_argument(flag, type=item.type, metavar=item.type.__name__.upper(), help=item.metadata["help"])
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings if option[:2] == "--"]
+        known("flag", unknown[0].split("=")[0], flags)
+    preset = known("preset", given.preset or Config.preset, PRESETS)
+    chosen = {item.name: getattr(given, item.name) for item in fields(Config)
+              if getattr(given, item.name) is not None}
+    config = Config(**{**PRESETS[preset], **chosen, "preset": preset})
+    if "frame_step" in chosen and "fps" not in chosen:
+        config.fps = 0
+    if given.benchmark or given.seeds:
+        given.names = list(OBJECTIVES) if config.objective == "all" else config.objective.split(",")
+        config.objective = given.names[0]
+        for name in given.names:
+            known("objective", name, OBJECTIVES)
+    elif config.objective == "all" or "," in config.objective:
+        raise ValueError(f"--objective {config.objective} names several; add --seeds 0,1,2 to train each, or "
+                         "--benchmark")
+    elif given.jobs is not None:
+        raise ValueError("--jobs is for a sweep; add --seeds 0,1,2")
+    if given.seeds:
+        try:
+            given.seeds = [int(seed) for seed in given.seeds.split(",")]
+        except ValueError:
+            raise ValueError(f"--seeds {given.seeds}: give whole numbers with commas, as 0,1,2") from None
+        if given.jobs is not None and given.jobs < 1:
+            raise ValueError(f"--jobs is {given.jobs}; it must be at least 1")
+        config.out = config.out or "runs/study"
+    return check(config), given
+
+
+def check(config):
+    """The same Config with its run folder filled in. Raises ValueError for what cannot run."""
+    known("objective", config.objective, OBJECTIVES)
+    known("model", config.model, SIZES)
+    known("device", config.device, ("auto", "cuda", "mps", "cpu"))
+    known("value of --compile", config.compile, ("auto", "yes", "no"))
+    known("value of --fwm-split", config.fwm_split, ("depth", "level"))
+    known("value of --ablate", config.ablate, ("", *ABLATIONS))
+    counts = "frames", "crop", "frame_step", "patch", "tubelet", "steps", "batch", "log_every", "save_every"
+    if config.seed >= 2 ** 32:
+        raise ValueError(f"--seed is {config.seed}; it must be less than 2 ** 32")
+    if config.root and (config.data or config.preset not in ("mixed", "ucf101")):
+        raise ValueError("--root is for --preset mixed or ucf101, without --data")
+    least = dict.fromkeys(counts, 1) | dict.fromkeys(("seed", "fps", "workers", "lr", "warmup_lr", "weight_decay"), 0)
+    for name, value in least.items():
+        if not getattr(config, name) >= value:  # so put, it refuses nan as well
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least {value}")
+    for name in ("ema", "max_broken"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be from 0 to 1")
+    if config.probe_clips and config.probe_clips < 192:
+        raise ValueError(f"--probe-clips {config.probe_clips} are too few to probe 8 classes with; give at least 192, "
+                         "or 0 for no table")
+    grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
+    if grid[0] < 2:
+        raise ValueError(f"{config.frames} frames in tubelets of {config.tubelet} give {grid[0]} time step; "
+                         "the method needs at least 2: raise --frames")
+    if not config.out:
+        config.out = f"runs/{Path(config.data).stem if config.data else config.preset}-{run_name(config)}"
+    return config
+
+
+def run_name(config):
+    """The objective, what of the method was changed by flags, and the seed."""
+    changes = {"-as-released": config.as_released, f"-fwm-split-{config.fwm_split}": config.fwm_split != "depth",
+               f"-without-{config.ablate}": config.ablate,
+               f"-ema-{config.ema:g}": config.ema != PRESETS[config.preset].get("ema", Config.ema)}
+    return config.objective + "".join(change for change in changes if changes[change]) + f"-seed{config.seed}"
 
 
 @command("train.py", smaller="--batch, --model or --crop",

@@ -310,9 +310,9 @@ def test_synthetic_clips_are_held_out_and_tested_on_others():
 
 def test_the_halves_of_the_channels_partition_them_by_depth_and_within_levels():
     groups = {name: group.tolist() for name, group in probe.channel_groups(4).items()}
-    assert groups == {"appearance by depth": list(range(8)), "dynamics by depth": list(range(8, 16)),
-                      "appearance within levels": [0, 1, 4, 5, 8, 9, 12, 13],
-                      "dynamics within levels": [2, 3, 6, 7, 10, 11, 14, 15]}
+    assert groups == {"appearance half by depth": list(range(8)), "dynamics half by depth": list(range(8, 16)),
+                      "appearance half within levels": [0, 1, 4, 5, 8, 9, 12, 13],
+                      "dynamics half within levels": [2, 3, 6, 7, 10, 11, 14, 15]}
 
 
 def test_each_probe_of_the_moving_shapes_sees_the_channels_that_it_names(monkeypatch):
@@ -336,8 +336,8 @@ def test_each_probe_of_the_moving_shapes_sees_the_channels_that_it_names(monkeyp
     found = probe.synthetic_results(probe.make_encoder(CONFIG), 4, 16, 400)
     knows = {name: [factor for factor in values if values[factor] == 100] for name, values in found.items()}
     assert knows == {"linear": [], "attentive": ["appearance"], "1-shot": [], "5-shot": [],
-                     "appearance by depth": ["speed"], "dynamics by depth": [], "appearance within levels": [],
-                     "dynamics within levels": ["speed"]}
+                     "appearance half by depth": ["speed"], "dynamics half by depth": [],
+                     "appearance half within levels": [], "dynamics half within levels": ["speed"]}
     assert found["1-shot"] == {"direction": 110.0, "appearance": 10.0}
     assert found["5-shot"] == {"direction": 510.0, "appearance": 10.0}
 
@@ -651,9 +651,10 @@ def test_without_a_benchmark_it_probes_generated_clips(tmp_path, quick_blobs, ca
     assert probe.main([*flags, "--probe-epochs", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     table = {line.split("  ")[0]: line.split()[-3:] for line in lines if line.startswith("encoder: ")}
-    halves = [f"{half} {cut}" for cut in ("by depth", "within levels") for half in ("appearance", "dynamics")]
+    halves = [f"{half} half {cut}" for cut in ("by depth", "within levels") for half in ("appearance", "dynamics")]
     assert list(table) == [f"encoder: {name}" for name in ("linear", "attentive", "1-shot", "5-shot", *halves)]
     assert table["encoder: 1-shot"][1] == "-" and all(float(cell) >= 0 for cell in table["encoder: linear"])
+    assert "blobs: 160 clips to learn from, 40 to be tested on, 8 classes" in lines
     assert result(tmp_path)["benchmark"] == "blobs"
 
 
@@ -959,7 +960,10 @@ def test_pictures_show_the_frames_both_masks_and_features(tmp_path, objective):
     assert first == ((tmp_path / "masks.png").read_bytes(), (tmp_path / "features.png").read_bytes())
     clips = Shapes(8, 64, probe.HELD_OUT).clips(range(4))
     frames = clips[:, :, ::2].transpose(1, 2) / 255  # (4, t, 3, 64, 64)
-    masks, features = (cells_of(tmp_path / f"{name}.png", 64).unflatten(0, (4, 3)) for name in ("masks", "features"))
+    large = [cells_of(tmp_path / f"{name}.png", 128).unflatten(0, (4, 3)) for name in ("masks", "features")]
+    masks, features = (cells[..., ::2, ::2] for cells in large)  # clips of 64 pixels are shown twice as large
+    for cells, small in zip(large, (masks, features)):
+        assert torch.equal(cells, small.repeat_interleave(2, -2).repeat_interleave(2, -1))
     assert masks.shape == features.shape == (4, 3, 4, 3, 64, 64)
     for shown in (masks[:, 0], features[:, 0]):
         torch.testing.assert_close(shown, frames, rtol=0, atol=1 / 255)
