@@ -1,5 +1,6 @@
 """The synthetic clips: known factors, independent of each other, and no motion in a single frame."""
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,6 +134,21 @@ def test_written_videos_come_back(tmp_path, kind):
         assert (decoded.float() - clip.float()).abs().mean() < 25  # lossy coding of sharp edges and noise
     assert synthetic.main(["--write", str(tmp_path / "out")]) == 1  # never into a folder that holds something
     assert synthetic.main(["--write", str(tmp_path / "odd"), "--size", "63"]) == 1 and not (tmp_path / "odd").exists()
+
+
+def test_a_stopped_command_leaves_the_folder_free(tmp_path, monkeypatch, capsys):
+    """Stopped by Ctrl-C at the second clip, it has written nothing there; the same command then writes everything."""
+    def stopped(path, *rest, whole=synthetic.write_video):
+        if Path(path).name == "000001.mp4":
+            raise KeyboardInterrupt
+        whole(path, *rest)
+    with monkeypatch.context() as patch:
+        patch.setattr(synthetic, "write_video", stopped)
+        assert synthetic.main(["--write", str(tmp_path / "out"), "--count", "2"]) == 130
+    assert capsys.readouterr().err.endswith("synthetic.py: stopped\n") and not (tmp_path / "out").exists()
+    assert synthetic.main(["--write", str(tmp_path / "out"), "--count", "2"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000000.mp4", "000001.mp4", "videos.csv"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("flags, sentence", [
