@@ -330,7 +330,8 @@ def show_synthetic(rows):
         for name, values in found.items():
             print(f"{f'{encoder}: {name}':<42}" + "".join(
                 f"{values[factor]:12.1f}" if factor in values else f"{'-':>12}" for factor in FACTORS))
-    print(f"{'chance (5-way shots: 20)':<42}" + "".join(f"{100 / classes:12.1f}" for classes in FACTORS.values()))
+    chance = "chance" + " (5-way shots: 20)" * any("1-shot" in found for found in rows.values())
+    print(f"{chance:<42}" + "".join(f"{100 / classes:12.1f}" for classes in FACTORS.values()))
 
 
 # ----------------------------------------------------------------------------------------------- features in a file
