@@ -830,13 +830,14 @@ def print_table(folder, reference):
     named = [runs for name, runs in others.items() if name in OBJECTIVES]
     alive = [runs for runs in named if np.mean([numbers["feature std"] for numbers in runs.values()]) > ALIVE]
     for about, chosen in (("objectives", named), (f"objectives with a feature std above {ALIVE}", alive)):
-        changes = torch.tensor([[paired_differences(runs, base, ("linear", factor)).mean() for runs in chosen]
-                                for factor in ("direction", "appearance")])  # (2, objectives)
-        if len(chosen) >= 4 and changes.isfinite().all():
-            low, high = bootstrap(*changes)
-            print(f"\nRank correlation of the change in direction with the change in appearance (linear probes) over "
-                  f"{len(chosen)} {about}: {rank_correlation(*changes):+.2f}, 95 % interval [{low:+.2f}, {high:+.2f}] "
-                  "(bootstrap over objectives)")
+        for kind in ("linear", "5-shot"):
+            changes = torch.tensor([[paired_differences(runs, base, (kind, factor)).mean() for runs in chosen]
+                                    for factor in ("direction", "appearance")])  # (2, objectives)
+            if len(chosen) >= 4 and changes.isfinite().all():
+                low, high = bootstrap(*changes)
+                print(f"\nRank correlation of the change in direction with the change in appearance ({kind}) over "
+                      f"{len(chosen)} {about}: {rank_correlation(*changes):+.2f}, 95 % interval [{low:+.2f}, "
+                      f"{high:+.2f}] (bootstrap over objectives)")
 
 
 # -------------------------------------------------------------------------------------------------------- pictures

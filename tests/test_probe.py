@@ -815,7 +815,8 @@ def write_sweep(folder, direction, appearance):
     hard_share for hw. direction, appearance: {objective: a value per seed}; 3 decimals."""
     for name, values in direction.items():
         for seed, (first, second) in enumerate(zip(values, appearance[name])):
-            found = {"linear": {"direction": first, "speed": 25.0, "appearance": second}}
+            found = {"linear": {"direction": first, "speed": 25.0, "appearance": second},
+                     "5-shot": {"direction": first, "appearance": first}}
             probe_run = folder / f"{name}-seed{seed}"
             probe_run.mkdir(parents=True)
             share = [",hard_share", ",0.9", ",0.7", ",0.95"] if name == "hw" else [""] * 4
@@ -876,17 +877,17 @@ def test_seeds_that_only_one_of_two_has_are_left_out_of_the_difference(tmp_path,
 
 
 def test_two_sweeps_agree_where_their_differences_have_one_sign(tmp_path, capsys):
-    """Of eight differences, two objectives in four columns, the first shows one, and the second its opposite."""
+    """Of 12 differences, two objectives in six columns, the first shows three, and the second their opposites."""
     direction = {"baseline": [50.0, 51.0, 55.0], "hw": [49.0, 60.0, 56.0], "ld": [60.0, 62.0, 64.0]}
     for name, ld in (("before", direction["ld"]), ("after", [40.0, 41.0, 45.5])):
         write_sweep(tmp_path / name, {**direction, "ld": ld}, dict.fromkeys(direction, [70.0, 70.0, 71.0]))
         assert probe.main(["--table", str(tmp_path / name)]) == 0
         (tmp_path / f"{name}.md").write_text("Of a README\n\n" + capsys.readouterr().out)
-    for second, sentences in (("before", ("1 have the same sign", "8 of all 8")),
-                              ("after", ("0 have the same sign", "1 are shown there", "7 of all 8"))):
+    for second, sentences in (("before", ("3 have the same sign", "12 of all 12")),
+                              ("after", ("0 have the same sign", "3 are shown there", "9 of all 12"))):
         sweeps_agree.main(tmp_path / "before.md", tmp_path / f"{second}.md")
         output = capsys.readouterr().out
-        assert output.startswith("1 of 8 differences") and all(sentence in output for sentence in sentences)
+        assert output.startswith("3 of 12 differences") and all(sentence in output for sentence in sentences)
     (tmp_path / "empty.md").write_text("")
     with pytest.raises(ValueError, match="empty.md holds no table"):
         sweeps_agree.main(tmp_path / "before.md", tmp_path / "empty.md")
@@ -935,7 +936,8 @@ def test_the_trade_off_counts_the_named_objectives_alone(tmp_path, capsys):
     write_sweep(tmp_path, {**direction, "ld-as-released": [99.0, 99.0]}, {**appearance, "ld-as-released": [99.0, 99.0]})
     assert probe.main(["--table", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"over 6 objectives: -1.00, 95 % interval \[-1.00, -1.00\]", text)
+    assert re.search(r"\(linear\) over 6 objectives: -1.00, 95 % interval \[-1.00, -1.00\]", text)
+    assert re.search(r"\(5-shot\) over 6 objectives: \+1.00, 95 % interval \[\+1.00, \+1.00\]", text)
     assert list(table_of(text, 0))[-1] == "ld-as-released"
 
 
