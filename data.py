@@ -216,7 +216,10 @@ def normalise(clips):
 
 
 class Videos:
-    """Clips of video files. step: frames from one to the next; fps, if given, sets it by each video's average rate."""
+    """Clips of video files.
+
+    step: frames of the video from one frame of a clip to the next; fps, if given, sets it by each video's average rate.
+    """
     resize_for_evaluation = InterpolationMode.BILINEAR
 
     def __init__(self, paths, labels, frames, crop, step=1, fps=None, name="videos"):

@@ -147,7 +147,7 @@ def sample_masks(batch, grid, masking, generator, motion=None, sizes=None):
 
 class View(NamedTuple):
     """One mask of a batch, and what the networks made of it."""
-    visible: torch.Tensor  # [B, n] token ids
+    visible: torch.Tensor  # [B, n] token ids, ascending: `next_step` searches them
     masked: torch.Tensor  # [B, k] token ids
     z: torch.Tensor  # [B, n, 4D] encoder features of the visible tokens
     p: torch.Tensor  # [B, k, 4D] predictions at masked tokens
@@ -158,7 +158,7 @@ class Record(NamedTuple):
     """A batch after the forward passes: all that a term may look at."""
     clips: torch.Tensor  # [B, 3, T, H, W], normalised
     grid: tuple  # (t, h, w)
-    h: torch.Tensor  # [B, N, 4D] level-normalised targets
+    h: torch.Tensor  # [B, N, 4D] targets; without EMA they carry gradient, so that most terms detach them
     views: list  # one View per mask
 
 
@@ -321,6 +321,7 @@ def ld(record, head, dynamics_only=False, by_level=False, hard=False, temperatur
         seen = appearance_and_dynamics(view.z, by_level=by_level)[1] if dynamics_only else view.z
         error = (head(seen) - target_change(record, view)).abs().mean(-1)  # (B, n)
         if hard:
+            # Weights of mean 1 over a mask's pairs, so that `mean_over_views` still takes an average.
             score = (error.detach() / temperature).masked_fill(~pairs, torch.finfo(error.dtype).min)
             error = error * pairs.sum() * torch.softmax(score.flatten(), dim=0).view_as(score)
             if as_released:

@@ -234,7 +234,7 @@ def train_head(head, train, recipe, seed, device, progress=""):
 
 @torch.no_grad()
 def top1(head, test, device):
-    """Accuracy in percent."""
+    """Top-1 % of a trained head on the clips `test`."""
     scores = torch.cat([head(test.read(rows, device)) for rows in torch.arange(len(test.labels)).split(64)])
     if not scores.isfinite().all():
         raise ValueError("what the head computes is not finite: it diverged, or had too few clips to learn from")
@@ -243,7 +243,7 @@ def top1(head, test, device):
 
 
 def accuracy(recipe, train, test, seed, device, progress=""):
-    """Top-1 % on the clips `test` of a head that learned from the clips `train`. The seed: weights and shuffling."""
+    """Train a head on the clips `train`; its top-1 % on the clips `test`. The seed: of its weights and shuffling."""
     torch.manual_seed(seed)
     width, classes = train.features.shape[-1], int(max(train.labels.max(), test.labels.max())) + 1
     head = (AttentiveHead if recipe.head == "attentive" else LinearHead)(width, classes)
@@ -688,7 +688,8 @@ COLUMNS = [("linear", factor) for factor in FACTORS] + [("attentive", factor) fo
     (f"{shot}-shot", factor) for factor in ("direction", "appearance") for shot in (1, 5)]
 HALVES = [(half, factor) for half in channel_groups(1) for factor in FACTORS]
 # What may differ between the runs of a sweep: it is in their names, or changes no number.
-OWN_SETTINGS = ("objective", "seed", "as_released", "fwm_split", "ablate", "ema", "out", "device", "compile", "workers")
+OWN_SETTINGS = ("objective", "seed", "as_released", "fwm_split", "ablate", "ema", "out", "device", "compile", "workers",
+                "save_every", "max_broken")
 LOGGED = ("pred, first", "pred, last", "hard_share, lowest", "hard_share, mean", "hard_share, last")
 
 

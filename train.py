@@ -53,7 +53,7 @@ class Config:
     root: str = setting("", "the folder that holds the study's datasets")
     frames: int = setting(8, "frames of a clip")
     crop: int = setting(32, "height and width of a clip in pixels")
-    frame_step: int = setting(1, "frames from one to the next")
+    frame_step: int = setting(1, "frames of the video from one frame of a clip to the next")
     fps: int = setting(0, "if given, the frame step is ceil(frames per second of the video) // this, at least 1")
     workers: int = setting(0, "loader processes")
     max_broken: float = setting(0.05, "stop when a larger share of the clips cannot be read")
@@ -67,7 +67,7 @@ class Config:
     batch: int = setting(16, "clips per step, over all ranks together")
     lr: float = setting(1e-3, "learning rate after the warm-up, which is the first 1 %% of the steps")
     warmup_lr: float = setting(1e-4, "learning rate of step 0")
-    weight_decay: float = setting(0.04, "of matrices; biases and 1-D tensors have none")
+    weight_decay: float = setting(0.04, "of all but biases and 1-D tensors")
     ema: float = setting(0.97, "momentum of the target encoder")
     # machine
     device: str = setting("auto", "cuda, mps or cpu")
@@ -161,7 +161,8 @@ def collapse_meter(h, most_tokens=4096):
     difference is left may run in many directions.
     """
     tokens = h.flatten(0, 1).float()  # (B*N, 4D)
-    tokens = tokens[:: max(1, len(tokens) // most_tokens)]
+    count = min(len(tokens), most_tokens)
+    tokens = tokens[torch.arange(count, device=h.device) * len(tokens) // count]  # evenly spread, over all columns
     tokens = tokens - tokens.mean(0)
     gram = tokens.T @ tokens
     squared = torch.linalg.eigvalsh(gram.cpu() if gram.device.type == "mps" else gram)  # singular values, squared
@@ -171,7 +172,7 @@ def collapse_meter(h, most_tokens=4096):
 
 
 def make_optimizer(model, config):
-    """AdamW; weight decay on matrices only, not on biases and 1-D tensors."""
+    """AdamW; weight decay on all but biases and 1-D tensors."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
@@ -210,7 +211,8 @@ def training_source(config):
 # ------------------------------------------------------------------------------------------------------ run folder
 
 
-MACHINE = ("out", "device", "compile", "workers")  # where a run runs, not what it computes
+# Where a run runs, when it saves and when it gives up: not what it computes.
+MACHINE = ("out", "device", "compile", "workers", "save_every", "max_broken")
 
 
 def refuse_other_run(config, before):
@@ -346,7 +348,7 @@ class Trainer:
 
 
 class StopSignal:
-    """Remembers Ctrl-C and SIGTERM, so that the loop ends after a whole step. A second one ends at once."""
+    """Remembers Ctrl-C and SIGTERM, so that the loop ends after a whole step. The same one again ends at once."""
 
     def __enter__(self):
         self.received = 0
@@ -433,7 +435,7 @@ def train(config, resume=False):
             save = (step + 1) % config.save_every == 0 or final or stopping
             if (log or save) and not trainer.healthy:  # at these steps alone the host waits for the device
                 raise FloatingPointError(f"the loss or its gradient was not finite by step {step}; {folder}/last.pt is "
-                                         "the last good checkpoint, if there is one; try a lower --lr")
+                                         "the last good checkpoint, if there is one; start again with a lower --lr")
             if log:
                 broken = unreadable_here.over_ranks()
                 means = mean_over_ranks(torch.stack([value.float() for value in values.values()])).tolist()

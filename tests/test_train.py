@@ -172,6 +172,10 @@ def test_the_collapse_meter_counts_directions():
     assert train.collapse_meter(line.unsqueeze(0))[0].item() == pytest.approx(1, abs=1e-3)  # rounding is no direction
     rank, deviation = train.collapse_meter(torch.ones(2, 8, 16))
     assert rank.item() == 1 and deviation.item() == 0
+    targets = torch.zeros(32, 8 * 14, 14, 4)
+    targets[:, :, 1::2, 0], targets[:, :, 0::2, 1] = torch.randn(2, 32, 8 * 14, 7, generator=generator)
+    _, deviation = train.collapse_meter(targets.flatten(1, 2))  # more tokens than it looks at: some of every column
+    assert deviation.item() == pytest.approx(2 * 0.5 ** 0.5 / 4, rel=0.05)
 
 
 # ------------------------------------------------------------------------------------------------------- it survives
@@ -408,6 +412,7 @@ def test_a_folder_that_holds_a_run_is_never_overwritten(tmp_path, capsys):
         assert train.main([*flags, *more]) == 1
         assert sentence in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert train.main([*flags, "--save-every", "7", "--max-broken", "0.5", "--resume"]) == 0  # changes no number
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     assert train.main([*flags[:-1], str(tmp_path / "other")]) == 1
