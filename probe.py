@@ -877,9 +877,9 @@ def principal_colours(tokens):
 
 def save_rows(rows, path):
     """A list of rows [t, 3, H, W] -> a PNG with a row's pictures side by side, small ones enlarged to about 128."""
-    pictures, buffer = torch.cat(rows), io.BytesIO()
-    pictures = cells_to_pixels(pictures, max(1, 128 // pictures.shape[-1]))
-    save_image(pictures, buffer, nrow=len(rows[0]), pad_value=1, format="png")
+    images, buffer = torch.cat(rows), io.BytesIO()
+    images = cells_to_pixels(images, max(1, 128 // images.shape[-1]))
+    save_image(images, buffer, nrow=len(rows[0]), pad_value=1, format="png")
     write_file(path, buffer.getvalue())
     print(f"written to {path}")
 
