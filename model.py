@@ -35,10 +35,7 @@ SIZES = {
 
 
 def token_grid(frames, height, width, patch, tubelet):
-    """The grid (t, h, w) of a clip of these sizes (frames, pixels, pixels).
-
-    Raises ValueError where the tubelet does not divide the frames, or the patch the height or width.
-    """
+    """The grid (t, h, w) of a clip of so many frames and pixels. Raises ValueError where it does not divide evenly."""
     if frames % tubelet:
         raise ValueError(f"{frames} frames do not divide into tubelets of {tubelet}; choose a multiple of {tubelet}")
     if height % patch or width % patch:
@@ -66,12 +63,11 @@ def level_normalise(features):
 
 
 class Rotary(nn.Module):
-    """3-D rotary position embedding: the angles by which attention turns queries and keys.
+    """3-D rotary position embedding: the angles by which attention rotates queries and keys.
 
-    Time, row and column each turn 2 * ((head_dim // 3) // 2) channels of every head, in this order; leftover
-    channels have frequency zero and stay. A pair of neighbouring channels (2j, 2j+1) of an axis with m pairs turns
-    by position * 10000^(-j/m), so that a query-key product depends on how far one token is from the other
-    along each axis, and not on where the two are.
+    Time, row and column each rotate 2 * ((head_dim // 3) // 2) channels of every head, in this order; leftover
+    channels have frequency zero and stay as they are. Channels (2j, 2j+1) of an axis with m such pairs rotate by
+    position * 10000^(-j/m), so a query-key product depends on how far apart two tokens are, not on where they are.
     """
 
     def __init__(self, head_dim):
@@ -83,7 +79,7 @@ class Rotary(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, tokens, grid):
-        """Token ids [B, n] of a grid (t, h, w) -> cosines and sines of its turns, [B, 1, n, head_dim / 2]."""
+        """Token ids [B, n] of a grid (t, h, w) -> cosines and sines of the angles, [B, 1, n, head_dim / 2] each."""
         _, h, w = grid
         time, row, column = tokens // (h * w), tokens // w % h, tokens % w  # (B, n) each
         # Rows and columns span the same 16x16 range at every crop size; time counts raw steps.
@@ -95,10 +91,10 @@ class Rotary(nn.Module):
         return angles.cos(), angles.sin()
 
 
-def rotate(x, turn):
-    """Turn each pair of neighbouring channels of x [..., B, heads, n, head_dim] by its token's angle, as a point in the
-    plane: (a, b) -> (a cos - b sin, a sin + b cos)."""
-    cos, sin = turn
+def rotate(x, rotation):
+    """Rotate each pair of neighbouring channels of x [..., B, heads, n, head_dim] by its token's angle:
+    (a, b) -> (a cos - b sin, a sin + b cos). rotation: cosines and sines, as `Rotary` gives them."""
+    cos, sin = rotation
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # (..., B, heads, n, head_dim / 2) each
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
 
@@ -110,10 +106,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, turn):
+    def forward(self, x, rotation):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, n, 3, heads, head_dim)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, n, head_dim)
-        q, k = rotate(qkv[:2], turn)
+        q, k = rotate(qkv[:2], rotation)
         x = F.scaled_dot_product_attention(q, k, qkv[2])  # (B, heads, n, head_dim)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, n, width)
 
@@ -138,8 +134,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width)
 
-    def forward(self, x, turn):
-        x = x + self.attn(self.norm1(x), turn)
+    def forward(self, x, rotation):
+        x = x + self.attn(self.norm1(x), rotation)
         return x + self.mlp(self.norm2(x))  # (B, n, width)
 
 
@@ -180,17 +176,17 @@ class Encoder(nn.Module):
         if visible is not None:
             x, tokens = take(x, visible), visible  # (B, n, pixels), (B, n)
         x = self.embed(x) + self.video  # (B, n, D)
-        turn = self.rotary(tokens, grid)
+        rotation = self.rotary(tokens, grid)
         features = []
         for i, block in enumerate(self.blocks):
-            x = block(x, turn)
+            x = block(x, rotation)
             if i in self.levels:
                 features.append(self.norms[len(features)](x))
         return torch.cat(features, dim=-1)  # (B, n, 4D)
 
 
 class Predictor(nn.Module):
-    """Predicts target features at masked positions from the visible tokens; also at the visible ones themselves."""
+    """Predicts the targets at masked positions from the visible tokens, and also at the visible positions."""
 
     def __init__(self, size):
         super().__init__()
@@ -211,64 +207,57 @@ class Predictor(nn.Module):
         queries = self.mask_token.expand(*masked.shape, -1)  # (B, k, width)
         x = torch.cat((context, queries), dim=1) + self.video  # (B, n + k, width)
         # The order of tokens carries no meaning: each brings its own position.
-        turn = self.rotary(torch.cat((visible, masked), dim=1), grid)
+        rotation = self.rotary(torch.cat((visible, masked), dim=1), grid)
         for block in self.blocks:
-            x = block(x, turn)
+            x = block(x, rotation)
         context, queries = self.norm(x).split((visible.shape[1], masked.shape[1]), dim=1)
         return self.to_masked(queries), self.to_visible(context)
 
 
 # --------------------------------------------------------------------------------------------- weights of V-JEPA 2.1
 
-FOREIGN_NAMES = {"embed.": "patch_embed.proj.", "video": "video_mod_embed", "norms.": "norms_block."}  # ours: theirs
-FOREIGN_UNUSED = {"patch_embed_img.proj.weight", "patch_embed_img.proj.bias", "img_mod_embed"}  # for single pictures
+THEIR_NAMES = {"embed.": "patch_embed.proj.", "video": "video_mod_embed", "norms.": "norms_block."}  # ours: theirs
+UNUSED = {"patch_embed_img.proj.weight", "patch_embed_img.proj.bias", "img_mod_embed"}  # for single images
 
 
-def foreign_name(name):
-    """What V-JEPA 2.1 calls a weight of our Encoder."""
-    for ours, theirs in FOREIGN_NAMES.items():
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    return name
+def load_vjepa(path, *wanted):
+    """The encoder of a V-JEPA 2.1 checkpoint. wanted: its model size, patch and tubelet, where they must be certain ones.
 
-
-def load_foreign(path):
-    """The encoder of a V-JEPA 2.1 checkpoint, and what it is: {"model", "patch", "tubelet", "weights"}.
-
-    The file holds a dict with the weights under "ema_encoder", "target_encoder" or "encoder"; the first of these that
-    is there is taken, and named in "weights". Their names may begin with "module." and "backbone.". Every weight
-    must be there and fit, and none may be left over, but for those that V-JEPA 2.1 uses for single pictures.
+    The file holds a dict with weights under "ema_encoder", "target_encoder" or "encoder"; the first of these that is
+    there is taken. Every weight must be there and fit, and none may be left over, except those for single images.
     Raises FileNotFoundError, or ValueError for any other file.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)  # tensors only: runs no code from the file
     except FileNotFoundError:
-        raise FileNotFoundError(f"no weights at {path}") from None
+        raise FileNotFoundError(f"there are no weights at {path}") from None
     except Exception:  # whatever the bytes of another file lead to
-        raise ValueError(f"{path} is no file of weights, or was cut short") from None
+        raise ValueError(f"{path} is not a file of weights, or was cut short") from None
     networks = content if isinstance(content, dict) else {}
     chosen = next((key for key in ("ema_encoder", "target_encoder", "encoder") if key in networks), None)
     if chosen is None or not isinstance(networks[chosen], dict):
         raise ValueError(f"{path} holds no 'ema_encoder', 'target_encoder' or 'encoder' with weights by name")
-    weights = {name.removeprefix("module.").removeprefix("backbone."): weight
-               for name, weight in networks[chosen].items()}
+    weights = {}
+    for name, weight in networks[chosen].items():
+        name = name.removeprefix("module.").removeprefix("backbone.")
+        ours = next((ours + name.removeprefix(theirs) for ours, theirs in THEIR_NAMES.items()
+                     if name.startswith(theirs)), name)
+        if name not in UNUSED:
+            weights[ours] = weight
 
-    kernel = tuple(getattr(weights.get("patch_embed.proj.weight"), "shape", ()))  # (D, 3, tubelet, patch, patch)
+    kernel = tuple(getattr(weights.get("embed.weight"), "shape", ()))  # (D, 3, tubelet, patch, patch)
     size = next((name for name, size in SIZES.items() if kernel[:1] == (size.width,)), None)
     if len(kernel) != 5 or size is None:
-        widths = " or ".join(str(size.width) for size in SIZES.values())
-        raise ValueError(f"'{chosen}' of {path} is no encoder of a known size: patch_embed.proj.weight is "
-                         f"{list(kernel) or 'missing'}, should be [{widths}, 3, tubelet, patch, patch]")
-    # Steps as wide as the kernel make a convolution a linear layer over tubelets.
-    weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"].flatten(1)
+        raise ValueError(f"'{chosen}' of {path} is not an encoder of a known size: patch_embed.proj.weight is "
+                         f"{list(kernel) or 'missing'}, should be [D, 3, tubelet, patch, patch], D one of "
+                         f"{', '.join(str(size.width) for size in SIZES.values())}")
+    found = size, kernel[-1], kernel[2]
+    if wanted and wanted != found:
+        raise ValueError(f"{path} holds weights of size, patch and tubelet {found}, but the run has {wanted}")
+    weights["embed.weight"] = weights["embed.weight"].flatten(1)  # stride = kernel: the convolution is a linear layer
     encoder = Encoder(SIZES[size], patch=kernel[-1], tubelet=kernel[2])
-    wanted = {foreign_name(name): weight for name, weight in encoder.state_dict().items()}
-    problems = [f"{name} is missing" for name in wanted if name not in weights]
-    problems += [f"{name} is left over" for name in weights if name not in wanted and name not in FOREIGN_UNUSED]
-    problems += [f"{name} is {list(getattr(weights[name], 'shape', ()))}, should be {list(weight.shape)}"
-                 for name, weight in wanted.items() if name in weights
-                 and getattr(weights[name], "shape", None) != weight.shape]
-    if problems:
-        raise ValueError(f"'{chosen}' of {path} does not fit {size}: {', '.join(problems)}")
-    encoder.load_state_dict({name: weights[foreign_name(name)] for name in encoder.state_dict()})
-    return encoder, {"model": size, "patch": encoder.patch, "tubelet": encoder.tubelet, "weights": chosen}
+    try:
+        encoder.load_state_dict(weights)
+    except RuntimeError as error:  # torch's names everything that is missing, left over or of another shape
+        raise ValueError(f"'{chosen}' of {path} does not fit {size}: {' '.join(str(error).split())}") from None
+    return encoder

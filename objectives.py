@@ -1,7 +1,8 @@
 """What Video JEPA is trained on: masks, the core loss, every auxiliary term, and the table of named objectives.
 
-A term is a function of one `Record` (one batch after the forward passes) to a scalar. It knows nothing of training.
-To add an objective, write one function, name it in `TERMS`, and add one line to `OBJECTIVES`.
+A term is a function of `Outputs` (everything the networks made of one batch) to a scalar. It knows nothing of training.
+To add an objective, write one function, name it in `TERMS`, and add one line to `OBJECTIVES`; if the term has a small
+network of its own to train, a head, add one line to `HEADS`.
 
 Notation of the equations: Z is z at a visible token and Z+ is z one time step later at the same row and column; H and
 H+ are the detached targets at the same two places. A "pair" is a visible token whose next one is visible too. |.| is
@@ -23,7 +24,7 @@ from model import LEVELS, take
 
 
 class MaskKind(NamedTuple):
-    """One way to hide blocks. `scale` is the share of the frame that a block covers; it spans all of the time."""
+    """One way to hide blocks. `scale` is the share of the frame that a block covers; it spans all time steps."""
     blocks: int
     scale: float
 
@@ -38,8 +39,8 @@ class Masking:
     """How an objective draws its two masks.
 
     motion_strength s: blocks fall where things move, with probability proportional to (mean motion under block)^s;
-    uniform_share r: the share of blocks placed uniformly all the same; first_steps: only the first share of the time
-    steps may be visible, and all the rest is predicted (future-predictive).
+    uniform_share r: the share of blocks that is placed uniformly all the same; first_steps: only the first share of
+    the time steps may be visible, and all the rest is predicted (future-predictive).
     """
     motion_strength: float = 0.0
     uniform_share: float = 0.0
@@ -47,7 +48,7 @@ class Masking:
 
     @property
     def kinds(self):
-        """The two masks of a clip: fewer blocks where later time steps are hidden, too."""
+        """The two masks of a clip: fewer blocks where later time steps are hidden anyway."""
         return (SHORT_RANGE, LONG_RANGE) if self.first_steps == 1.0 else (SHORT_RANGE._replace(blocks=4),
                                                                           LONG_RANGE._replace(blocks=1))
 
@@ -77,8 +78,8 @@ def middle_pixels(clips, grid):
     return clips
 
 
-def block_size(kind, grid, generator):
-    """Draw the height and width (rows, columns) of a block: the kind's share of the frame, at a random aspect."""
+def draw_block_size(kind, grid, generator):
+    """Draw the height and width (rows, columns) of a block: the kind's share of the frame, at a random aspect ratio."""
     _, h, w = grid
     low, high = ASPECT_RATIOS
     aspect = low + (high - low) * torch.rand((), generator=generator).item()
@@ -87,14 +88,14 @@ def block_size(kind, grid, generator):
             min(w, max(1, round(math.sqrt(cells / aspect)))))
 
 
-def draw_mask(kind, size, grid, masking, motion, generator):
-    """One clip's mask: bool [t, h, w], True where masked. motion: [t, h, w], or None for uniform placement."""
+def place_blocks(kind, size, grid, masking, motion, generator):
+    """The mask of one clip: bool [t, h, w], True where masked. motion: [t, h, w], or None for uniform placement."""
     t, h, w = grid
     rows, columns = size
     corners = (h - rows + 1, w - columns + 1)
     weights = None
     if motion is not None:
-        # Blocks span all of the time, so the mean under a block is the mean over time of a sliding window.
+        # Blocks span all time steps, so the mean under a block is the mean over time of a sliding window.
         mean_under_block = F.avg_pool2d(motion.mean(0, keepdim=True), size, stride=1).flatten()
         weights = mean_under_block ** masking.motion_strength
         if not weights.sum() > 0:  # nothing moves in this clip
@@ -123,43 +124,43 @@ def sample_masks(batch, grid, masking, generator, motion=None, sizes=None):
     """
     masks = []
     for kind in masking.kinds:
-        size = block_size(kind, grid, sizes or generator)
+        size = draw_block_size(kind, grid, sizes or generator)
         clips = []
         for i in range(batch):
             for _ in range(MAX_REDRAWS):
-                mask = draw_mask(kind, size, grid, masking, None if motion is None else motion[i], generator).flatten()
+                mask = place_blocks(kind, size, grid, masking, None if motion is None else motion[i], generator)
                 if not mask.all():
                     break
             else:
                 raise ValueError(f"no mask of {kind.blocks} blocks of {size[0]}x{size[1]} tokens leaves anything "
                                  f"visible on a token grid of {grid}; use a larger crop or smaller patches")
-            clips.append(mask)
+            clips.append(mask.flatten())
         mask = torch.stack(clips)  # (B, N)
-        least_visible, least_masked = int((~mask).sum(1).min()), int(mask.sum(1).min())
-        visible = torch.stack([(~clip).nonzero()[:least_visible, 0] for clip in mask])  # (B, n)
-        masked = torch.stack([clip.nonzero()[:least_masked, 0] for clip in mask])  # (B, k)
+        fewest_visible, fewest_masked = int((~mask).sum(1).min()), int(mask.sum(1).min())
+        visible = torch.stack([(~clip).nonzero()[:fewest_visible, 0] for clip in mask])  # (B, n)
+        masked = torch.stack([clip.nonzero()[:fewest_masked, 0] for clip in mask])  # (B, k)
         masks.append((visible, masked))
     return masks
 
 
-# --------------------------------------------------------------------------------------------------------- record
+# ---------------------------------------------------------------------------------------- what a term may look at
 
 
-class View(NamedTuple):
+class MaskOutputs(NamedTuple):
     """One mask of a batch, and what the networks made of it."""
-    visible: torch.Tensor  # [B, n] token ids, ascending: `next_step` searches them
+    visible: torch.Tensor  # [B, n] token ids, ascending: `find_pairs` searches them
     masked: torch.Tensor  # [B, k] token ids
     z: torch.Tensor  # [B, n, 4D] encoder features of the visible tokens
     p: torch.Tensor  # [B, k, 4D] predictions at masked tokens
     c: torch.Tensor  # [B, n, 4D] predictions at visible tokens
 
 
-class Record(NamedTuple):
+class Outputs(NamedTuple):
     """A batch after the forward passes: all that a term may look at."""
     clips: torch.Tensor  # [B, 3, T, H, W], normalised
     grid: tuple  # (t, h, w)
-    h: torch.Tensor  # [B, N, 4D] targets; without EMA they carry gradient, so that most terms detach them
-    views: list  # one View per mask
+    h: torch.Tensor  # [B, N, 4D] targets; without EMA they carry gradient, so most terms detach them
+    masks: list  # MaskOutputs of each mask
 
 
 class SumOverRanks(torch.autograd.Function):
@@ -185,52 +186,53 @@ def mean_over_ranks(value):
     return SumOverRanks.apply(value) / rank_count() if rank_count() > 1 else value
 
 
-def mean_over_views(record, errors):
+def mean_over_masks(outputs, errors):
     """Average over masks of the mean error at a mask's valid positions; a mask without any is left out.
 
-    errors(view) -> (error, valid), both [B, n] (`spectral`: [B, places]). Each mean divides by the count that all ranks
+    errors(mask) -> (error, valid), both [B, n] (`spectral`: [B, places]). Each mean divides by the count that all ranks
     hold on average, so that averaging gradients over ranks gives the gradient of the whole batch.
     """
     total, used = 0.0, 0.0
-    for view in record.views:
-        error, valid = errors(view)
+    for mask in outputs.masks:
+        error, valid = errors(mask)
         count = mean_over_ranks(valid.sum().to(error.dtype))
         total = total + (error * valid).sum() / count.clamp(min=1e-6)
         used = used + (count > 0)
     return total / used.clamp(min=1)
 
 
-def next_step(visible, grid):
-    """Where each visible token's next time step stands among the visible: (index [B, n], found [B, n]).
+def one_step_later(tokens, grid):
+    """Ids of the tokens one time step later at the same row and column: [B, n] -> [B, n].
 
-    Where `found` is False the next step is masked or past the end, and the index points at some other token.
+    The last time step has no later one; its tokens get ids that are in range but mean nothing.
+    """
+    return (tokens + grid[1] * grid[2]).clamp(max=math.prod(grid) - 1)
+
+
+def find_pairs(visible, grid):
+    """Where each visible token's next time step stands among the visible ones: (index [B, n], is_pair [B, n]).
+
+    Where is_pair is False the next step is masked or past the end, and the index points at some other token.
     """
     wanted = visible + grid[1] * grid[2]
     index = torch.searchsorted(visible, wanted).clamp(max=visible.shape[1] - 1)
     return index, visible.gather(1, index) == wanted
 
 
-def later(visible, grid):
-    """Token ids one time step on: [B, n]. The last step has none; its tokens get ids that are in range, no more."""
-    return (visible + grid[1] * grid[2]).clamp(max=math.prod(grid) - 1)
+def target_change(outputs, mask):
+    """H+ - H at a mask's visible tokens: [B, n, 4D]. Only meaningful where there is a next time step."""
+    h = outputs.h.detach()
+    return take(h, one_step_later(mask.visible, outputs.grid)) - take(h, mask.visible)
 
 
-def target_change(record, view):
-    """H+ - H at a view's visible tokens: [B, n, 4D]. It makes sense where there is a next time step."""
-    h = record.h.detach()
-    return take(h, later(view.visible, record.grid)) - take(h, view.visible)
-
-
-def appearance_and_dynamics(z, ratio=0.5, by_level=False):
+def appearance_and_dynamics(z, ratio=0.5):
     """Cut the channels in two: [..., 4D] -> appearance [..., int(ratio 4D)] and dynamics, all the others.
 
     The cut runs through the four levels side by side: at ratio 0.5 appearance is the two shallow levels and dynamics
-    the two deep ones. It separates depths, not channels of one depth. by_level, which is not the study's way, cuts
-    each level instead: appearance is the first int(ratio D) channels of every level.
+    the two deep ones. It separates depths, not channels of one depth.
     """
-    pieces = z.unflatten(-1, (LEVELS if by_level else 1, -1))
-    cut = int(ratio * pieces.shape[-1])
-    return pieces[..., :cut].flatten(-2), pieces[..., cut:].flatten(-2)
+    cut = int(ratio * z.shape[-1])
+    return z[..., :cut], z[..., cut:]
 
 
 def at_least_float32(x):
@@ -246,9 +248,9 @@ def deviation(predicted, target, squared=False):
     return difference.square() if squared else difference.abs()
 
 
-def prediction(record, squared=False):
+def prediction_loss(outputs, squared=False):
     """L_pred = mean over masks of mean |p - h[masked]|."""
-    errors = [deviation(view.p, take(record.h, view.masked), squared).mean() for view in record.views]
+    errors = [deviation(mask.p, take(outputs.h, mask.masked), squared).mean() for mask in outputs.masks]
     return sum(errors) / len(errors)
 
 
@@ -261,14 +263,14 @@ def distance_to_masked(visible, masked, grid):
     return torch.cdist(position(visible), position(masked), compute_mode="donot_use_mm_for_euclid_dist").amin(-1)
 
 
-def context(record, squared=False):
+def context_loss(outputs, squared=False):
     """L_ctx = mean over masks of mean(|c - h[visible]| / sqrt(distance to the nearest masked token))."""
     total = 0.0
-    for view in record.views:
-        distance = distance_to_masked(view.visible, view.masked, record.grid)  # (B, n)
-        error = deviation(view.c, take(record.h, view.visible), squared).mean(-1)  # (B, n)
+    for mask in outputs.masks:
+        distance = distance_to_masked(mask.visible, mask.masked, outputs.grid)  # (B, n)
+        error = deviation(mask.c, take(outputs.h, mask.visible), squared).mean(-1)  # (B, n)
         total = total + (error / distance.sqrt()).mean()
-    return total / len(record.views)
+    return total / len(outputs.masks)
 
 
 # ------------------------------------------------------------------------------------------------ auxiliary terms
@@ -279,97 +281,100 @@ def hard_weights(error, temperature=1.0):
     return error.shape[1] * torch.softmax(error.detach() / temperature, dim=1)
 
 
-def masked_errors(record):
-    """e = |p - h[masked]| for each view: a list of [B, k]."""
-    return [(view.p - take(record.h, view.masked)).abs().mean(-1) for view in record.views]
+def masked_errors(outputs):
+    """e = |p - h[masked]| for each mask: a list of [B, k]."""
+    return [(mask.p - take(outputs.h, mask.masked)).abs().mean(-1) for mask in outputs.masks]
 
 
-def hw(record, temperature=1.0):
+def hard_weighting(outputs, temperature=1.0):
     """Hard-region weighting: mean(w e), e = |p - h[masked]|, w = k softmax(e / temperature) over the clip's k tokens.
 
     No gradient runs through w. With e of order 1 and temperature 1 the weights stay close to uniform.
     """
-    errors = masked_errors(record)
+    errors = masked_errors(outputs)
     return sum((hard_weights(error, temperature) * error).mean() for error in errors) / len(errors)
 
 
 @torch.no_grad()
-def hard_share(record, temperature=1.0):
-    """How uniform the weights of `hw` are: effective sample size over k, (sum w)^2 / (k sum w^2). 1: all the same."""
-    weights = [hard_weights(error, temperature) for error in masked_errors(record)]
+def hard_share(outputs, temperature=1.0):
+    """How uniform the weights of `hard_weighting` are: effective sample size over k, (sum w)^2 / (k sum w^2).
+
+    1 means that all tokens weigh the same.
+    """
+    weights = [hard_weights(error, temperature) for error in masked_errors(outputs)]
     return sum((weight.mean(1).square() / weight.square().mean(1)).mean() for weight in weights) / len(weights)
 
 
-def delta(record):
+def change_matching(outputs):
     """Change matching: mean |(Z+ - Z) - (H+ - H)| over pairs."""
-    def errors(view):
-        index, pairs = next_step(view.visible, record.grid)
-        return (take(view.z, index) - view.z - target_change(record, view)).abs().mean(-1), pairs
-    return mean_over_views(record, errors)
+    def errors(mask):
+        index, is_pair = find_pairs(mask.visible, outputs.grid)
+        return (take(mask.z, index) - mask.z - target_change(outputs, mask)).abs().mean(-1), is_pair
+    return mean_over_masks(outputs, errors)
 
 
-def ld(record, head, dynamics_only=False, by_level=False, hard=False, temperature=1.0, as_released=False):
+def latent_dynamics(outputs, head, dynamics_only=False, hard=False, temperature=1.0, detached=False):
     """Latent dynamics: mean |d(Z) - (H+ - H)| over pairs, d a small head.
 
     dynamics_only: d sees the dynamics channels only (with fwm). hard: each pair weighs
-    w = n_pairs softmax(error / temperature) over all pairs of the batch, no gradient through w (with hw; each rank
-    of a distributed run takes its own softmax). as_released: the released code formed that weighted mean in a
-    no-gradient block, so the term trains nothing (README, departures, point 1).
+    w = n_pairs softmax(error / temperature) over all pairs of the batch, no gradient through w (with hw).
+    detached: the hard-weighted mean carries no gradient, so the term trains nothing; the released code formed it in a
+    no-gradient block (README, departure 1).
     """
-    def errors(view):
-        _, pairs = next_step(view.visible, record.grid)
-        seen = appearance_and_dynamics(view.z, by_level=by_level)[1] if dynamics_only else view.z
-        error = (head(seen) - target_change(record, view)).abs().mean(-1)  # (B, n)
+    def errors(mask):
+        _, is_pair = find_pairs(mask.visible, outputs.grid)
+        seen = appearance_and_dynamics(mask.z)[1] if dynamics_only else mask.z
+        error = (head(seen) - target_change(outputs, mask)).abs().mean(-1)  # (B, n)
         if hard:
-            # Weights of mean 1 over a mask's pairs, so that `mean_over_views` still takes an average.
-            score = (error.detach() / temperature).masked_fill(~pairs, torch.finfo(error.dtype).min)
-            error = error * pairs.sum() * torch.softmax(score.flatten(), dim=0).view_as(score)
-            if as_released:
+            # Weights of mean 1 over a mask's pairs, so that `mean_over_masks` still takes an average.
+            score = (error.detach() / temperature).masked_fill(~is_pair, torch.finfo(error.dtype).min)
+            error = error * is_pair.sum() * torch.softmax(score.flatten(), dim=0).view_as(score)
+            if detached:
                 error = error.detach()
-        return error, pairs
-    return mean_over_views(record, errors)
+        return error, is_pair
+    return mean_over_masks(outputs, errors)
 
 
-def fwm_static(record, ratio=0.5, by_level=False):
-    """Factorised world model, appearance stands still: mean |A+ - A| over pairs, A the appearance channels."""
-    def errors(view):
-        index, pairs = next_step(view.visible, record.grid)
-        appearance, _ = appearance_and_dynamics(view.z, ratio, by_level)
-        return (take(appearance, index) - appearance).abs().mean(-1), pairs
-    return mean_over_views(record, errors)
+def static_appearance(outputs, ratio=0.5):
+    """Factorised world model, first half: mean |A+ - A| over pairs, A the appearance channels of Z."""
+    def errors(mask):
+        index, is_pair = find_pairs(mask.visible, outputs.grid)
+        appearance, _ = appearance_and_dynamics(mask.z, ratio)
+        return (take(appearance, index) - appearance).abs().mean(-1), is_pair
+    return mean_over_masks(outputs, errors)
 
 
-def fwm_orth(record, ratio=0.5, by_level=False):
-    """Factorised world model, appearance and dynamics are uncorrelated: mean(C^2), C = A^T Dyn / (n - 1).
+def uncorrelated_factors(outputs, ratio=0.5):
+    """Factorised world model, second half: mean(C^2), C = A^T Dyn / (n - 1), A and Dyn centred.
 
-    A and Dyn are centred over all visible tokens of the batch; float32. Each rank of a distributed run takes its own C.
+    The n tokens are all visible tokens of the batch; in float32. Each rank of a distributed run takes its own C.
     """
     total = 0.0
-    for view in record.views:
-        with torch.autocast(view.z.device.type, enabled=False):
-            z = at_least_float32(view.z).flatten(0, 1)  # (B*n, 4D)
-            appearance, dynamics = appearance_and_dynamics(z - z.mean(0), ratio, by_level)
+    for mask in outputs.masks:
+        with torch.autocast(mask.z.device.type, enabled=False):
+            z = at_least_float32(mask.z).flatten(0, 1)  # (B*n, 4D)
+            appearance, dynamics = appearance_and_dynamics(z - z.mean(0), ratio)
             covariance = appearance.T @ dynamics / (len(z) - 1)
             total = total + covariance.square().mean()
-    return total / len(record.views)
+    return total / len(outputs.masks)
 
 
-def spectral(record):
+def temporal_spectrum(outputs):
     """Temporal spectrum: mean |w (FFT(Z) - FFT(H))| at positions visible at every one of t >= 4 time steps.
 
     Real FFT over time; w rises linearly from 0.1 at the constant frequency to 1.0; |.| is the complex magnitude.
     """
-    t, h, w = record.grid
+    t, h, w = outputs.grid
 
-    def errors(view):
-        everywhere = torch.arange(t * h * w, device=view.visible.device).expand(len(view.visible), -1).contiguous()
-        index = torch.searchsorted(view.visible, everywhere).clamp(max=view.visible.shape[1] - 1)  # (B, N)
-        found = (view.visible.gather(1, index) == everywhere).view(-1, t, h * w).all(1)  # (B, h*w)
+    def errors(mask):
+        everywhere = torch.arange(t * h * w, device=mask.visible.device).expand(len(mask.visible), -1).contiguous()
+        index = torch.searchsorted(mask.visible, everywhere).clamp(max=mask.visible.shape[1] - 1)  # (B, N)
+        found = (mask.visible.gather(1, index) == everywhere).view(-1, t, h * w).all(1)  # (B, h*w)
         # Counting them would make the host wait for the GPU. There cannot be more than m = n / t, rounded up: take that
         # many places, and `held` tells which of them are really visible throughout.
-        held, place = found.int().topk((view.visible.shape[1] + t - 1) // t)  # (B, m) each
+        held, place = found.int().topk((mask.visible.shape[1] + t - 1) // t)  # (B, m) each
         index = index.view(-1, t, h * w).gather(2, place.unsqueeze(1).expand(-1, t, -1)).flatten(1)  # (B, t*m)
-        difference = take(at_least_float32(view.z - take(record.h.detach(), view.visible)), index)  # (B, t*m, 4D)
+        difference = take(at_least_float32(mask.z - take(outputs.h.detach(), mask.visible)), index)  # (B, t*m, 4D)
         difference = difference.unflatten(1, (t, place.shape[1]))  # (B, t, m, 4D)
         # The transform by its definition, since a compiled step with torch.fft.rfft fails: the compiler is wrong about
         # where its results lie in memory.
@@ -381,46 +386,47 @@ def spectral(record):
         weight = torch.linspace(0.1, 1.0, len(frequency), device=difference.device, dtype=difference.dtype)
         magnitude = weight.view(1, -1, 1, 1) * torch.linalg.vector_norm(spectrum, dim=0)
         return magnitude.mean((1, 3)), held.bool() & (t >= 4)
-    return mean_over_views(record, errors)
+    return mean_over_masks(outputs, errors)
 
 
-def ltc(record, margin=0.5):
+def latent_temporal_contrast(outputs, margin=0.5):
     """Latent temporal contrast: mean max(0, margin - cos(Z, H) + cos(Z, H+)) over pairs."""
-    def errors(view):
-        _, pairs = next_step(view.visible, record.grid)
-        now, then = (take(record.h.detach(), tokens) for tokens in (view.visible, later(view.visible, record.grid)))
-        closeness = F.cosine_similarity(view.z, now, dim=-1) - F.cosine_similarity(view.z, then, dim=-1)  # (B, n)
-        return (margin - closeness).clamp(min=0), pairs
-    return mean_over_views(record, errors)
+    def errors(mask):
+        _, is_pair = find_pairs(mask.visible, outputs.grid)
+        now, then = (take(outputs.h.detach(), tokens)
+                     for tokens in (mask.visible, one_step_later(mask.visible, outputs.grid)))  # (B, n, 4D) each
+        closeness = F.cosine_similarity(mask.z, now, dim=-1) - F.cosine_similarity(mask.z, then, dim=-1)  # (B, n)
+        return (margin - closeness).clamp(min=0), is_pair
+    return mean_over_masks(outputs, errors)
 
 
-def ac(record, head, dynamics_only=False, by_level=False):
+def action_conditioned(outputs, head, dynamics_only=False):
     """Action-conditioned: mean |a(Z) - (rgb+ - rgb)| over pairs, rgb the mean colour of a token in the input clip.
 
-    dynamics_only: a sees the dynamics channels only (with fwm; the study's "fac").
+    dynamics_only: the head a sees the dynamics channels only (with fwm; the study's "fac").
     """
-    t, h, w = record.grid
-    _, _, frames, height, width = record.clips.shape
+    t, h, w = outputs.grid
+    _, _, frames, height, width = outputs.clips.shape
     cell = (frames // t, height // h, width // w)
-    rgb = F.avg_pool3d(record.clips, cell).flatten(2).transpose(1, 2)  # (B, N, 3)
+    rgb = F.avg_pool3d(outputs.clips, cell).flatten(2).transpose(1, 2)  # (B, N, 3)
 
-    def errors(view):
-        _, pairs = next_step(view.visible, record.grid)
-        target = take(rgb, later(view.visible, record.grid)) - take(rgb, view.visible)  # (B, n, 3)
-        seen = appearance_and_dynamics(view.z, by_level=by_level)[1] if dynamics_only else view.z
-        return (head(seen) - target).abs().mean(-1), pairs
-    return mean_over_views(record, errors)
+    def errors(mask):
+        _, is_pair = find_pairs(mask.visible, outputs.grid)
+        target = take(rgb, one_step_later(mask.visible, outputs.grid)) - take(rgb, mask.visible)  # (B, n, 3)
+        seen = appearance_and_dynamics(mask.z)[1] if dynamics_only else mask.z
+        return (head(seen) - target).abs().mean(-1), is_pair
+    return mean_over_masks(outputs, errors)
 
 
-def kinematic(record, order=1, huber=False, split=1.0):
+def kinematic(outputs, order=1, huber=False, split=1.0):
     """Smooth targets: mean |H+ - H| over the full grid, here with gradient: the target side is what it trains.
 
     order 2: mean |H[t+1] - 2 H[t] + H[t-1]| (order 1 where there are fewer than 3 steps). huber: Huber(H+ - H, 0) with
     delta 0.1. split: only the first int(split 4D) channels.
     """
-    t, h, w = record.grid
-    channels = int(split * record.h.shape[-1])
-    steps = record.h.unflatten(1, (t, h * w))[..., :channels]  # (B, t, h*w, channels)
+    t, h, w = outputs.grid
+    channels = int(split * outputs.h.shape[-1])
+    steps = outputs.h.unflatten(1, (t, h * w))[..., :channels]  # (B, t, h*w, channels)
     difference = steps.diff(n=order if t >= 3 else 1, dim=1)
     if huber:
         return F.huber_loss(difference, torch.zeros_like(difference), delta=0.1)
@@ -441,14 +447,14 @@ def epps_pulley(sample, directions):
     return (len(sample) * rank_count() * 2 * torch.trapezoid(integrand, nodes, dim=0)).mean()
 
 
-def sigreg(record, directions=1024, chunk=64):
+def sigreg(outputs, directions=1024, chunk=64):
     """Sketched isotropic Gaussian regularisation: `epps_pulley` of all visible tokens of both masks.
 
     Random unit directions, fresh every step and equal on all ranks. They go through in chunks that the backward pass
     computes again, so that memory does not grow with their number.
     """
-    with torch.autocast(record.h.device.type, enabled=False):
-        sample = at_least_float32(torch.cat([view.z.flatten(0, 1) for view in record.views]))  # (n, 4D)
+    with torch.autocast(outputs.h.device.type, enabled=False):
+        sample = at_least_float32(torch.cat([mask.z.flatten(0, 1) for mask in outputs.masks]))  # (n, 4D)
         unit = F.normalize(torch.randn(sample.shape[1], directions, device=sample.device, dtype=sample.dtype), dim=0)
         parts = [checkpoint(epps_pulley, sample, part, use_reentrant=False) * part.shape[1]
                  for part in unit.split(chunk, dim=1)]
@@ -472,44 +478,75 @@ def energy_gradient(head, q, p):
     return ((gelu_derivative(inner) * gradient) @ first.weight).chunk(2, dim=-1)
 
 
-def hamiltonian(record, head, dt=0.1):
+def hamiltonian(outputs, head, dt=0.1):
     """Hamiltonian flow: mean |q' - q of H+| + mean |p' - p of H+| over pairs, from one step of symplectic Euler.
 
     Z = (q, p) in halves, E an energy network: q' = q + dt dE/dp(q, p), then p' = p - dt dE/dq(q', p). The gradient of
     the loss runs through both derivatives.
     """
-    def errors(view):
-        q, p = view.z.chunk(2, dim=-1)  # (B, n, 2D) each
-        _, pairs = next_step(view.visible, record.grid)
-        q_target, p_target = take(record.h.detach(), later(view.visible, record.grid)).chunk(2, dim=-1)
+    def errors(mask):
+        q, p = mask.z.chunk(2, dim=-1)  # (B, n, 2D) each
+        _, is_pair = find_pairs(mask.visible, outputs.grid)
+        target = take(outputs.h.detach(), one_step_later(mask.visible, outputs.grid))  # (B, n, 4D)
+        q_target, p_target = target.chunk(2, dim=-1)
         q = q + dt * energy_gradient(head, q, p)[1]
         p = p - dt * energy_gradient(head, q, p)[0]
-        return (q - q_target).abs().mean(-1) + (p - p_target).abs().mean(-1), pairs
-    return mean_over_views(record, errors)
+        return (q - q_target).abs().mean(-1) + (p - p_target).abs().mean(-1), is_pair
+    return mean_over_masks(outputs, errors)
 
 
-def velgate(record, percentile=0.5):
+def velocity_gate(outputs, percentile=0.5):
     """Velocity gate, what moves slowly stands still: mean of gate |Z+ - Z| over pairs.
 
-    gate = 1 where v = ||H+ - H|| is at most its quantile among the cells of that clip and time step.
+    gate = 1 where v = ||H+ - H|| is at most its quantile among the cells of that clip and time step, else 0.
     """
-    t, h, w = record.grid
-    steps = at_least_float32(record.h.detach()).unflatten(1, (t, h * w))
+    t, h, w = outputs.grid
+    steps = at_least_float32(outputs.h.detach()).unflatten(1, (t, h * w))
     v = steps.diff(dim=1).norm(dim=-1)  # (B, t-1, h*w)
     # Not v.quantile: at that, torch 2.11 breaks the compiled graph of the step.
     place, ordered = percentile * (h * w - 1), v.sort(dim=-1).values
     limit = torch.lerp(ordered[..., math.floor(place)], ordered[..., math.ceil(place)], place - math.floor(place))
     gate = (v <= limit.unsqueeze(-1)).flatten(1)  # (B, (t-1)*h*w)
 
-    def errors(view):
-        index, pairs = next_step(view.visible, record.grid)
-        slow = gate.gather(1, view.visible.clamp(max=gate.shape[1] - 1))  # the last time step holds no pair
-        return (take(view.z, index) - view.z).abs().mean(-1) * slow, pairs
-    return mean_over_views(record, errors)
+    def errors(mask):
+        index, is_pair = find_pairs(mask.visible, outputs.grid)
+        slow = gate.gather(1, mask.visible.clamp(max=gate.shape[1] - 1))  # the last time step holds no pair
+        return (take(mask.z, index) - mask.z).abs().mean(-1) * slow, is_pair
+    return mean_over_masks(outputs, errors)
 
 
-TERMS = {term.__name__: term for term in (hw, delta, ld, fwm_static, fwm_orth, spectral, ltc, ac, kinematic, sigreg,
-                                          hamiltonian, velgate)}
+TERMS = {
+    "hw": hard_weighting, "delta": change_matching, "ld": latent_dynamics, "fwm_static": static_appearance,
+    "fwm_orth": uncorrelated_factors, "spectral": temporal_spectrum, "ltc": latent_temporal_contrast,
+    "ac": action_conditioned, "kinematic": kinematic, "sigreg": sigreg, "hamiltonian": hamiltonian,
+    "velgate": velocity_gate,
+}
+
+
+def mlp(*widths):
+    layers = [nn.Linear(widths[0], widths[1])]
+    for wide, narrow in zip(widths[1:], widths[2:]):
+        layers += [nn.GELU(), nn.Linear(wide, narrow)]
+    return nn.Sequential(*layers)
+
+
+# The heads: small networks of a term's own, trained along with it. `seen` channels go in: all 4D, or the dynamics.
+HEADS = {
+    "ld": lambda seen, channels: mlp(seen, 256, channels),
+    "ac": lambda seen, channels: mlp(seen, 256, 3),
+    "hamiltonian": lambda seen, channels: mlp(channels, 256, 256, 1),
+}
+
+
+def make_heads(objective, width):
+    """The heads of an objective's terms: a ModuleDict by term name. width: D."""
+    channels, heads = LEVELS * width, nn.ModuleDict()
+    for name, term in objective.terms.items():
+        if name in HEADS:
+            seen = channels - int(0.5 * channels) if term.options.get("dynamics_only") else channels
+            heads[name] = HEADS[name](seen, channels)
+    return heads
+
 
 # --------------------------------------------------------------------------------------------- the named objectives
 
@@ -530,36 +567,25 @@ class Objective:
     terms: dict = field(default_factory=dict)
     masking: Masking = Masking()
     ema: bool = True  # False: targets come from the encoder itself, with gradient
-    released: bool = False  # behaves as the released code does
     level_norm: bool = True  # targets are level-normalised
     squared: bool = False  # the core loss squares its errors
+    stale_target: bool = False  # evaluate the target even where nothing updates it, as the released code does
 
     @property
     def evaluated(self):
-        """The encoder to evaluate. The released code loads the target even where, without EMA, nothing updates it."""
-        return "target" if self.ema or self.released else "encoder"
+        """Which network the probes look at: "target", or "encoder" where without EMA the target never learns."""
+        return "target" if self.ema or self.stale_target else "encoder"
 
 
-def as_released(objective):
-    """The same objective with the two departures of the released code (README, departures, points 1 and 2)."""
-    terms = {name: replace(term, options={**term.options, "as_released": True}) if term.options.get("hard") else term
+def released_form(objective):
+    """The same objective as the released code computes and evaluates it (README, departures 1 and 2)."""
+    terms = {name: replace(term, options={**term.options, "detached": True}) if term.options.get("hard") else term
              for name, term in objective.terms.items()}
-    return replace(objective, terms=terms, released=True)
+    return replace(objective, terms=terms, stale_target=True)
 
 
-def cut_by_level(objective):
-    """The same objective with appearance and dynamics cut within every level instead of by depth."""
-    cut = [name for name, term in objective.terms.items()
-           if name in ("fwm_static", "fwm_orth") or term.options.get("dynamics_only")]
-    if not cut:
-        raise ValueError("--fwm-split level needs an objective with fwm terms: fwm, fwm_ld, fwm_hw_ld or fac")
-    terms = {name: replace(term, options={**term.options, "by_level": True}) if name in cut else term
-             for name, term in objective.terms.items()}
-    return replace(objective, terms=terms)
-
-
-# The collapse laboratory: what the core loss becomes without one ingredient. "predictor" takes away its blocks, so that
-# no guess at a hidden place depends on what is visible; train.py does that.
+# The collapse laboratory: what the core loss becomes without one ingredient. "predictor" takes away its blocks, so
+# that no prediction at a masked place depends on what is visible; train.py does that.
 ABLATIONS = {"stop_gradient": {"ema": False}, "level_norm": {"level_norm": False}, "l1": {"squared": True},
              "predictor": {}}
 
@@ -599,34 +625,37 @@ OBJECTIVES = {
     "sigreg_no_ema": Objective("ucf101", "sigreg, targets from the encoder itself", {"sigreg": Term(1.0)}, ema=False),
     "hamiltonian": Objective("ucf101", "an energy network moves features in time", {"hamiltonian": Term(1.0)}),
     "velgate": Objective("ucf101", "features of slow cells stand still", {"velgate": Term(1.0)}),
-    "future_predictive": Objective("ucf101", "only the first half of the time is visible",
+    "future_predictive": Objective("ucf101", "only the first half of the time steps is visible",
                                    masking=Masking(first_steps=0.5)),
     "motion_future": Objective("ucf101", "future_predictive with masks where things move",
                                masking=Masking(motion_strength=2.0, uniform_share=0.1, first_steps=0.5)),
 }
 
 
-def mlp(*widths):
-    layers = [nn.Linear(widths[0], widths[1])]
-    for wide, narrow in zip(widths[1:], widths[2:]):
-        layers += [nn.GELU(), nn.Linear(wide, narrow)]
-    return nn.Sequential(*layers)
-
-
-def make_heads(objective, width):
-    """The small networks that an objective's terms train along: a ModuleDict by term name. width: D."""
-    channels = LEVELS * width
-    heads = nn.ModuleDict()
+def describe(objective):
+    """What an objective adds to the core loss, how it masks and where its targets come from, as one line of text."""
+    terms = []
     for name, term in objective.terms.items():
-        seen = channels - int(0.5 * channels) if term.options.get("dynamics_only") else channels
-        if name == "ld":
-            heads[name] = mlp(seen, 256, channels)
-        elif name == "ac":
-            heads[name] = mlp(seen, 256, 3)
-        elif name == "hamiltonian":
-            heads[name] = mlp(channels, 256, 256, 1)
-    return heads
+        options = [option if value is True else f"{option} {value}" for option, value in term.options.items()]
+        options += ["annealed"] * term.anneal
+        terms.append(f"{term.coefficient:g} {name}" + (f" ({', '.join(options)})" if options else ""))
+    masking = objective.masking
+    parts = [" + ".join(terms)] if terms else []
+    if masking.motion_strength:
+        parts.append(f"motion-guided masks s={masking.motion_strength:g} r={masking.uniform_share:g}")
+    if masking.first_steps < 1:
+        parts.append(f"future-predictive masks {masking.first_steps:g}")
+    return "; ".join(parts + ["no EMA"] * (not objective.ema)) or "-"
 
+
+def objective_list():
+    """The named objectives, a line each: name, regime, what it adds, in words."""
+    rows = [(name, objective.regime, describe(objective), objective.about) for name, objective in OBJECTIVES.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join("  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths)), row[3]]) for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------- losses of a step
 
 EPOCHS = 100  # the study's run is 100 epochs of 300 steps; a run of any length has 100 epochs here
 
@@ -641,13 +670,13 @@ def coefficients(objective, step, steps):
             **{name: term.coefficient * (anneal if term.anneal else 1.0) for name, term in objective.terms.items()}}
 
 
-def losses(record, objective, heads, weights):
+def losses(outputs, objective, heads, weights):
     """Every loss of an objective by name, unweighted, then their weighted sum, "total", and with hw `hard_share`."""
-    values = {"pred": prediction(record, objective.squared), "ctx": context(record, objective.squared)}
+    values = {"pred": prediction_loss(outputs, objective.squared), "ctx": context_loss(outputs, objective.squared)}
     for name, term in objective.terms.items():
         head = [heads[name]] if name in heads else []
-        values[name] = TERMS[name](record, *head, **term.options)
+        values[name] = TERMS[name](outputs, *head, **term.options)
     values["total"] = sum(weights[name] * value for name, value in values.items())
     if "hw" in objective.terms:
-        values["hard_share"] = hard_share(record, **objective.terms["hw"].options)
+        values["hard_share"] = hard_share(outputs, **objective.terms["hw"].options)
     return values

@@ -5,7 +5,9 @@
 """
 import argparse
 import functools
+import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -153,71 +155,84 @@ def write_dataset(folder, source, count, fps):
     unfinished.replace(folder)
 
 
-# ---------------------------------------------------------------------------------------- what all commands share
+# ------------------------------------------------------------------------------------- files, and what commands share
+
+
+def write_file(path, content):
+    """Write bytes under a temporary name, then rename: a reader sees the old file or the new one, never a half."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def write_json(path, content):
+    write_file(path, json.dumps(content, indent=1).encode())
+
+
+def read_json(path):
+    """What a JSON file of `write_json` holds; an empty dict where there is none, or it is damaged."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (FileNotFoundError, TypeError, ValueError):
+        return {}
 
 
 def command(program, smaller, stopped="stopped"):
     """Decorator of a command's main function: what its user can put right is said in one sentence, no traceback.
 
-    Exit status: what the function returns, 0 if that is nothing; 1 after such a sentence, 130 after Ctrl-C.
+    Exit status: what the function returns, else 0; 1 after such a sentence, 130 after Ctrl-C, 2 from argparse.
     smaller: the flags that decide how much memory it takes.
     """
     def decorate(main):
         @functools.wraps(main)
         def run(arguments=None):
+            status = 1
             try:
                 return main(arguments) or 0
             except KeyboardInterrupt:
-                sentence = stopped
-            except (ValueError, FloatingPointError, OSError) as error:
+                status, sentence = 130, stopped
+            except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
                 # An error in a loader's worker comes with the worker's traceback; its last line is what happened.
-                sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-            except RuntimeError as error:  # torch's, for what is no bug as well
-                if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                message = str(error).strip()
+                sentence = message.splitlines()[-1].removeprefix("ValueError: ")
+                if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in message:
                     sentence = f"there is too little memory; give a smaller {smaller}"
-                elif "DataLoader worker" in str(error):
+                elif "DataLoader worker" in message:
                     sentence = ("a loader process was killed, most likely for lack of memory; give fewer --workers, or "
                                 "more shared memory (in Docker: --shm-size)")
                 elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                    sentence = f"torch cannot compile here ({str(error).splitlines()[0]}); --compile no does without"
-                else:
+                    sentence = f"torch cannot compile here ({message.splitlines()[0]}); --no-compile does without"
+                elif isinstance(error, RuntimeError):
                     raise
             print(f"{program}: {sentence}", file=sys.stderr)
-            return 130 if sentence == stopped else 1
+            return status
         return run
     return decorate
 
 
-class Parser(argparse.ArgumentParser):
-    """Of every command here: a wrong flag is a ValueError with one sentence, not usage and an exit."""
-
-    def error(self, message):
-        raise ValueError(message)
-
-
-def at_least(least):
-    """A type of flags: whole numbers that are not less."""
-    def number(text):
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return int(text)
-    return number
+def number(least, most=math.inf, kind=int):
+    """The type of a flag: a number from least to most."""
+    def convert(text):
+        if not least <= kind(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
+        return kind(text)
+    return convert
 
 
 @command("synthetic.py", smaller="--size or --frames")
 def main(arguments=None):
-    parser = Parser(description="Write synthetic clips as video files and a list file, videos.csv.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Write synthetic clips as video files, with a list of them, videos.csv.",
+                                     allow_abbrev=False)
     parser.add_argument("--write", metavar="DIR", required=True, help="a new or empty folder")
     parser.add_argument("--kind", choices=("shapes", "blobs"), default="shapes")
-    parser.add_argument("--count", type=at_least(1), default=64, help="number of clips")
-    parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--frames", type=at_least(1), default=16, help="frames of a shape clip")
-    parser.add_argument("--size", type=at_least(1), default=64, help="side of a shape clip in pixels, even")
+    parser.add_argument("--count", type=number(1), default=64, help="number of clips")
+    parser.add_argument("--seed", type=number(0), default=0)
+    parser.add_argument("--frames", type=number(1), default=16, help="frames of a shape clip")
+    parser.add_argument("--size", type=number(1), default=64, help="side of a shape clip in pixels, even")
     flags = parser.parse_args(arguments)
-    shapes = flags.kind == "shapes"
-    if shapes and flags.size % 2:
-        raise ValueError(f"--size is {flags.size}, but the video format needs an even number of pixels")
-    source = Shapes(flags.frames, flags.size, flags.seed) if shapes else Blobs(flags.seed)
+    if flags.kind == "shapes" and flags.size % 2:
+        parser.error(f"--size is {flags.size}, but the video format needs an even number of pixels")
+    source = Shapes(flags.frames, flags.size, flags.seed) if flags.kind == "shapes" else Blobs(flags.seed)
     write_dataset(flags.write, source, flags.count, 8)
 
 

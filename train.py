@@ -1,18 +1,14 @@
 """Train a video JEPA with any of the study's objectives: `python train.py --objective fwm_hw_ld`."""
+import argparse
 import copy
 import csv
-import difflib
 import functools
-import gc
 import io
 import json
 import math
 import os
 import signal
-import statistics
-import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -20,62 +16,66 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import data
 import probe
-from model import LEVELS, SIZES, Block, Encoder, Predictor, Size, level_normalise, load_foreign, token_grid
-from objectives import (ABLATIONS, OBJECTIVES, Record, View, as_released, coefficients, cut_by_level, losses,
-                        make_heads, mean_over_ranks, middle_pixels, motion_map, sample_masks)
-from synthetic import Parser, Shapes, command
+from data import MAX_BROKEN
+from model import SIZES, Block, Encoder, Predictor, level_normalise, load_vjepa, token_grid
+from objectives import (ABLATIONS, OBJECTIVES, MaskOutputs, Outputs, coefficients, losses, make_heads, mean_over_ranks,
+                        middle_pixels, motion_map, objective_list, released_form, sample_masks)
+from synthetic import Shapes, command, number, read_json, write_file, write_json
 
 
-def setting(default, meaning):
-    return field(default=default, metadata={"help": f"{meaning} [{default}]"})
+def setting(default, meaning, least=None, most=math.inf, choices=None):
+    """A field of `Config`, and so a flag. choices: a function, since tables may grow before flags are read."""
+    return field(default=default, metadata=dict(help=f"{meaning} [{default}]", least=least, most=most, choices=choices))
 
 
 @dataclass
 class Config:
     """Everything that makes a run: the synthetic preset's values, for two CPU cores. Every field is a flag."""
-    preset: str = setting("synthetic", "the values that the other flags start from")
-    objective: str = setting("baseline", "one of --list")
+    preset: str = setting("synthetic", "the values that the other flags start from", choices=lambda: PRESETS)
+    objective: str = setting("baseline", "one of --list", choices=lambda: OBJECTIVES)
     as_released: bool = setting(False, "behave as the released code, not as its description (README)")
-    fwm_split: str = setting("depth", "where fwm cuts appearance from dynamics: depth, or level for within every level")
-    ablate: str = setting("", "leave one ingredient out: " + ", ".join(ABLATIONS))
-    out: str = setting("", "the run folder, by default below runs/; of a sweep the folder of its runs, runs/study")
-    seed: int = setting(0, "of weights, clips and masks")
+    ablate: str = setting("", "leave one ingredient out", choices=lambda: ["", *ABLATIONS])
+    out: str = setting("", "the run folder, by default below runs/")
+    seed: int = setting(0, "of weights, clips and masks", 0, 2 ** 32 - 1)
     # data
-    data: str = setting("", 'videos of one\'s own: a list (lines "path label" or "path") or a folder')
+    data: str = setting("", 'your own videos: a list (lines "path label" or "path") or a folder')
     root: str = setting("", "the folder that holds the study's datasets")
-    frames: int = setting(8, "frames of a clip")
-    crop: int = setting(32, "height and width of a clip in pixels")
-    frame_step: int = setting(1, "frames of the video from one frame of a clip to the next")
-    fps: int = setting(0, "if given, the frame step is ceil(frames per second of the video) // this, at least 1")
-    workers: int = setting(0, "loader processes")
-    max_broken: float = setting(0.05, "stop when a larger share of the clips cannot be read")
+    frames: int = setting(8, "frames of a clip", 1)
+    crop: int = setting(32, "height and width of a clip in pixels", 1)
+    frame_step: int = setting(1, "frames of the video from one frame of a clip to the next", 1)
+    fps: int = setting(0, "if given, the frame step is ceil(frames per second of the video) // this", 0)
+    workers: int = setting(0, "loader processes", 0)
+    max_broken: float = setting(MAX_BROKEN, "stop when a larger share of the clips cannot be read", 0, 1)
     # model
-    model: str = setting("tiny", "size of the networks: " + ", ".join(SIZES))
+    model: str = setting("tiny", "size of the networks", choices=lambda: SIZES)
     weights: str = setting("", "a V-JEPA 2.1 checkpoint for the encoder to start from")
-    patch: int = setting(8, "height and width of a token in pixels")
-    tubelet: int = setting(2, "frames of a token")
+    patch: int = setting(8, "height and width of a token in pixels", 1)
+    tubelet: int = setting(2, "frames of a token", 1)
     # optimisation
-    steps: int = setting(500, "training steps; every schedule is a share of them")
-    batch: int = setting(16, "clips per step, over all ranks together")
-    lr: float = setting(1e-3, "learning rate after the warm-up, which is the first 1 %% of the steps")
-    warmup_lr: float = setting(1e-4, "learning rate of step 0")
-    weight_decay: float = setting(0.04, "of all but biases and 1-D tensors")
-    ema: float = setting(0.97, "momentum of the target encoder")
+    steps: int = setting(500, "training steps; every schedule is a share of them", 1)
+    batch: int = setting(16, "clips per step, over all ranks together", 1)
+    lr: float = setting(1e-3, "learning rate after the warm-up, which is the first 1 %% of the steps", 0)
+    warmup_lr: float = setting(1e-4, "learning rate of step 0", 0)
+    weight_decay: float = setting(0.04, "of all but biases and 1-D tensors", 0)
+    ema: float = setting(0.97, "momentum of the target encoder", 0, 1)
     # machine
-    device: str = setting("auto", "cuda, mps or cpu")
-    compile: str = setting("auto", "yes or no; auto: on cuda only")
+    device: str = setting("auto", "where to run", choices=lambda: ["auto", "cuda", "mps", "cpu"])
+    compile: bool = setting(None, "compile the networks; by default on cuda only")
     # logging
-    log_every: int = setting(10, "steps between lines of metrics.csv")
-    save_every: int = setting(100, "steps between checkpoints")
-    probe_clips: int = setting(2304, "labelled synthetic clips of the final table; 0: no table")
+    log_every: int = setting(10, "steps between lines of metrics.csv", 1)
+    save_every: int = setting(100, "steps between checkpoints", 1)
+    probe_clips: int = setting(2304, "labelled synthetic clips of the final table; 0: no table", 0)
+
+    @property
+    def grid(self):
+        """The token grid (t, h, w) of a clip."""
+        return token_grid(self.frames, self.crop, self.crop, self.patch, self.tubelet)
 
 
 STUDY = dict(frames=16, crop=224, model="vit_base", patch=16, steps=30_000, batch=32, lr=6e-4, ema=0.99925, workers=8,
@@ -98,58 +98,47 @@ class JEPA(nn.Module):
         self.predictor = Predictor(size)
         self.heads = make_heads(objective, size.width)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)  # the stop-gradient of the method
+        self.losses = losses
 
     def targets(self, clips):
         """What is to be predicted: features of the whole clip, [B, N, 4D]. Without EMA they carry gradient."""
         encoder = self.target if self.objective.ema else self.encoder
         return level_normalise(encoder(clips)) if self.objective.level_norm else encoder(clips)
 
-    def view(self, clips, visible, masked, grid):
-        """Encode what one mask leaves visible, predict the rest."""
-        z = self.encoder(clips, visible)  # (B, n, 4D)
-        p, c = self.predictor(z, visible, masked, grid)  # (B, k, 4D), (B, n, 4D)
-        return View(visible, masked, z, p, c)
-
     def forward(self, clips, masks, weights):
         """uint8 clips [B, 3, T, H, W], list of (visible, masked), loss weights -> losses by name, targets."""
         clips = data.normalise(clips)
         grid = token_grid(*clips.shape[2:], self.encoder.patch, self.encoder.tubelet)
+        # 1. The target encoder sees the whole clip, once.
         h = self.targets(clips)  # (B, N, 4D)
-        views = [self.view(clips, visible, masked, grid) for visible, masked in masks]
-        return self.losses(Record(clips, grid, h, views), weights), h.detach()
-
-    def losses(self, record, weights):
-        """The losses by name; a method, so that `compile` can put a compiled one in its place."""
-        return losses(record, self.objective, self.heads, weights)
+        # 2. Encoder and predictor run once per mask: encode what it leaves visible, predict the targets.
+        outputs = []
+        for visible, masked in masks:  # (B, n), (B, k)
+            z = self.encoder(clips, visible)  # (B, n, 4D)
+            p, c = self.predictor(z, visible, masked, grid)  # (B, k, 4D), (B, n, 4D)
+            outputs.append(MaskOutputs(visible, masked, z, p, c))
+        # 3. Every loss is a function of these outputs alone.
+        return self.losses(Outputs(clips, grid, h, outputs), self.objective, self.heads, weights), h.detach()
 
     def compile(self, **options):
-        """Compile what takes the time: every transformer block, and the losses with all their terms.
-
-        All blocks of a network share one compiled graph, so that this takes about a quarter of the time that the
-        step as a single graph would, and the step is as fast. options: those of torch.compile.
-        """
+        """Compile every transformer block (they share one graph, which takes a quarter of the time that the whole step
+        would, and is as fast) and the losses with all their terms. options: those of torch.compile."""
         for module in self.modules():
             if isinstance(module, Block):
                 module.compile(**options)
-        self.losses = torch.compile(self.losses, **options)
-
-
-def size_of(config):
-    size = SIZES[config.model]
-    return size._replace(predictor_depth=0) if config.ablate == "predictor" else size
+        self.losses = torch.compile(losses, **options)
 
 
 def build(config):
     """The networks of a run with random weights: a pure function of the settings, the seed among them."""
-    objective = OBJECTIVES[config.objective]
+    objective, size = OBJECTIVES[config.objective], SIZES[config.model]
     if config.as_released:
-        objective = as_released(objective)
-    if config.fwm_split == "level":
-        objective = cut_by_level(objective)
+        objective = released_form(objective)
     if config.ablate:
         objective = replace(objective, **ABLATIONS[config.ablate])
+        size = size._replace(predictor_depth=0) if config.ablate == "predictor" else size
     torch.manual_seed(config.seed)
-    return JEPA(objective, size_of(config), config.patch, config.tubelet)
+    return JEPA(objective, size, config.patch, config.tubelet)
 
 
 @torch.no_grad()
@@ -167,8 +156,8 @@ def collapse_meter(h, most_tokens=4096):
     gram = tokens.T @ tokens
     squared = torch.linalg.eigvalsh(gram.cpu() if gram.device.type == "mps" else gram)  # singular values, squared
     squared = squared * (squared > 1e-6 * squared[-1])  # what lies below is rounding
-    share = squared.sqrt() / squared.sqrt().sum().clamp(min=1e-12)
-    return torch.special.entr(share).sum().exp(), tokens.std(0).mean()
+    share_of_each = squared.sqrt() / squared.sqrt().sum().clamp(min=1e-12)
+    return torch.special.entr(share_of_each).sum().exp(), tokens.std(0).mean()
 
 
 def make_optimizer(model, config):
@@ -185,82 +174,80 @@ def learning_rate(config, step):
     return config.warmup_lr + (config.lr - config.warmup_lr) * min(1.0, step / warmup)
 
 
-def draw_masks(clips, generator, grid, masking, sizes=None):
-    """Masks of a batch of uint8 clips (`sample_masks`); a loader's worker calls this, so that no step waits for it."""
+def masks_of_clips(clips, generator, grid, masking, sizes=None):
+    """`sample_masks` for uint8 clips [B, 3, T, H, W]; a loader's worker calls this, so that no step waits for it."""
     motion = motion_map(data.normalise(middle_pixels(clips, grid)), grid) if masking.motion_strength else None
     return sample_masks(len(clips), grid, masking, generator, motion, sizes)
 
 
-def training_source(config):
-    """Where a run's clips come from."""
-    spacing = {"fps": config.fps} if config.fps else {"step": config.frame_step}
+def training_sources(config):
+    """Where a run's clips come from: a list of sources, and how often each is drawn."""
+    how = config.frames, config.crop, config.frame_step, config.fps
     if config.data:
-        return data.Videos(*data.own_videos(config.data), config.frames, config.crop, **spacing)
+        return [data.Videos(*data.own_videos(config.data), *how)], [1.0]
     if config.preset == "synthetic":
-        return Shapes(config.frames, config.crop, config.seed)
+        return [Shapes(config.frames, config.crop, config.seed)], [1.0]
     if config.preset == "blobs":
-        return data.BlobVideos(config.seed, config.frames, config.crop, **spacing)
-    if not config.root:
-        raise ValueError(f"--preset {config.preset} needs --root DIR, the folder that holds the study's datasets, or "
-                         "--data with videos of your own; `python data.py --check DIR` says what a folder lacks")
-    if config.preset == "mixed":
-        return data.open_mixed(config.root, config.frames, config.crop, **spacing)
-    return data.open_dataset("ucf101", config.root, "train", config.frames, config.crop, **spacing)
+        return [data.BlobVideos(config.seed, *how)], [1.0]
+    shares = data.MIXED if config.preset == "mixed" else {"ucf101": 1.0}
+    return [data.open_dataset(name, config.root, "train", *how) for name in shares], list(shares.values())
 
 
 # ------------------------------------------------------------------------------------------------------ run folder
 
-
-# Where a run runs, when it saves and when it gives up: not what it computes.
-MACHINE = ("out", "device", "compile", "workers", "save_every", "max_broken")
-
-
-def refuse_other_run(config, before):
-    """ValueError where the run in a config's folder, a dict of settings, computes something else."""
-    different = [name for name, value in asdict(config).items() if name not in MACHINE and before.get(name) != value]
-    if different:
-        raise ValueError(f"{config.out} holds a different run ({', '.join(different)} differ); choose another --out")
+# Where a run runs, when it saves and when it gives up: settings that do not change what it computes.
+NOT_COMPUTED = ("out", "device", "compile", "workers", "save_every", "max_broken")
 
 
-def open_run(config, resume):
-    """The run folder and, to go on from, its checkpoint or None. Never overwrites a run that is there."""
+def open_run(config, objective, resume):
+    """Make the run folder; returns the checkpoint to go on from, or None. A run that has done a step is kept."""
     folder = Path(config.out)
-    saved, checkpoint = folder / "config.json", None
-    if saved.exists():
-        before = probe.read_json(saved)
-        if not before:
-            raise ValueError(f"{saved} is damaged; choose another --out")
-        refuse_other_run(config, before)
+    # The objective itself goes in beside its name: its coefficients may change between two versions of a file.
+    content = json.loads(json.dumps({**asdict(config), "definition": asdict(objective)}))
+    begun = any((folder / name).exists() and (folder / name).stat().st_size for name in ("last.pt", "metrics.csv"))
+    if begun:
+        before = read_json(folder / "config.json")
+        different = [name for name in content if name not in NOT_COMPUTED and before.get(name) != content[name]]
+        if different:
+            raise ValueError(f"{folder} holds a different run ({', '.join(different)} differ); choose another --out")
         if not resume:
             raise ValueError(f"{folder} holds this run already; add --resume to go on with it, or choose another --out")
-        if (folder / "last.pt").exists():
-            checkpoint = probe.load_checkpoint(folder / "last.pt")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and {path.name for path in folder.iterdir()} - {"config.json", "metrics.csv"}:
         raise ValueError(f"{folder} holds something that is not a run; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    probe.write_json(saved, asdict(config))
-    return folder, checkpoint
+    write_json(folder / "config.json", content)
+    return probe.load_checkpoint(folder / "last.pt") if (folder / "last.pt").exists() else None
 
 
-class Metrics:
-    """metrics.csv: one line per logged step, no times in it, so that on a CPU a resumed run writes the same file."""
+def cut_back(metrics, first_step):
+    """Drop the lines of metrics.csv from first_step on, and half ones: they are about to be computed again."""
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) < first_step]
+    write_file(metrics, "".join(lines[:1] + kept if kept else []).encode())
 
-    def __init__(self, path, first_step):
-        """Keep the lines before first_step: what comes after them is about to be computed again."""
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        steps = [line.split(",")[0] for line in lines[1:]]
-        kept = [line for line, step in zip(lines[1:], steps)
-                if line.endswith("\n") and step.isdigit() and int(step) < first_step]
-        probe.write_file(path, "".join(lines[:1] + kept if kept else []).encode())
-        self.file, self.empty = path.open("a", newline=""), not kept
 
-    def write(self, row):
-        writer = csv.DictWriter(self.file, row, lineterminator="\n")
-        if self.empty:
+def report(folder, row, bar, config):
+    """A line of metrics.csv from a dict of numbers, which is shown too: beside the bar, or as a line of its own.
+
+    There are no times in the file, so on a CPU a resumed run writes the same one. Raises ValueError where too many
+    clips could not be read.
+    """
+    with (folder / "metrics.csv").open("a", newline="") as file:
+        writer = csv.DictWriter(file, row, lineterminator="\n")
+        if not file.tell():
             writer.writeheader()
-            self.empty = False
         writer.writerow(row)
-        self.file.flush()
+    shown = ", ".join(f"{name}={value:.3g}" for name, value in row.items()
+                      if name not in ("step", "grad_norm", "lr", "ema", "ctx_weight"))
+    broken = folder / "unreadable.txt"
+    failed, drawn = broken.read_bytes().count(b"\n") if broken.exists() else 0, (row["step"] + 1) * config.batch
+    shown += f", {failed:,} unreadable" if failed else ""
+    bar.set_postfix_str(shown)
+    if bar.disable:
+        print(f"step {row['step'] + 1} of {config.steps}: {shown}", flush=True)
+    if drawn >= 100 and failed > config.max_broken * (failed + drawn):  # fewer would judge by one file
+        raise ValueError(f"{failed / (failed + drawn):.0%} of the clips cannot be read, more than --max-broken "
+                         f"{config.max_broken:g}; {broken} names them")
 
 
 # ------------------------------------------------------------------------------------------------------------ loop
@@ -274,7 +261,9 @@ class Trainer:
         self.config, self.device = config, device
         self.model = build(config).to(device)
         if config.weights:
-            self.start_from(config.weights)
+            pretrained = load_vjepa(config.weights, config.model, config.patch, config.tubelet).state_dict()
+            self.model.encoder.load_state_dict(pretrained)
+            self.model.target.load_state_dict(pretrained)
         self.objective = self.model.objective
         # At momentum 1 the target never moves: what is learned is in the encoder.
         self.evaluated = "encoder" if self.objective.ema and config.ema == 1 else self.objective.evaluated
@@ -285,7 +274,7 @@ class Trainer:
         self.autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
         # Flash attention then: cuDNN's would make a new plan for every token count, and counts change at every step.
         torch.backends.cuda.enable_cudnn_sdp(False)
-        if config.compile == "yes" or config.compile == "auto" and device.type == "cuda":
+        if config.compile or config.compile is None and device.type == "cuda":
             self.model.compile()
         self.forward = self.model
         if ranks > 1:
@@ -295,52 +284,56 @@ class Trainer:
             # buffers are tables that never change.
             self.forward = DistributedDataParallel(self.model, static_graph=True, broadcast_buffers=False)
 
-    def start_from(self, path):
-        """Give the encoder, and so its target, the weights of a V-JEPA 2.1 checkpoint."""
-        foreign, found = load_foreign(path)
-        for name in ("model", "patch", "tubelet"):
-            if found[name] != getattr(self.config, name):
-                raise ValueError(f"{path} holds weights of --{name} {found[name]}, but this run has --{name} "
-                                 f"{getattr(self.config, name)}")
-        self.model.encoder.load_state_dict(foreign.state_dict())
-        self.model.target.load_state_dict(foreign.state_dict())
-
     def step(self, step, clips, masks):
-        """Forward, backward, optimizer, EMA. Returns losses by name, targets [B, N, 4D], gradient norm."""
-        # Reseeded so that what a term draws is fresh at every step, equal on all ranks, and the same after a resume.
+        """One training step on uint8 clips [B, 3, T, H, W] and masks, a list of (visible [B, n], masked [B, k]).
+
+        Returns losses by name, targets [B, N, 4D] and the length of the gradient of all parameters together.
+        """
+        # 1. Clips and masks come from the loader. What a term draws at random is fresh at every step, equal on all
+        #    ranks, and the same after a resume.
         torch.manual_seed(self.config.seed * 1_000_003 + step)
         clips = clips.to(self.device, non_blocking=True)
         masks = [tuple(tokens.to(self.device, non_blocking=True) for tokens in mask) for mask in masks]
+        # 2. The schedules say what each loss counts for, and the learning rate.
         weights = coefficients(self.objective, step, self.config.steps)
         # Tensors, since a compiled step would be compiled again for every new Python number.
         weights = dict(zip(weights, torch.tensor(list(weights.values())).to(self.device, non_blocking=True)))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
+        # 3. Forward: target encoder once; encoder and predictor once per mask; every loss; their weighted sum.
         with self.autocast:
             values, h = self.forward(clips, masks, weights)
+        # 4. Backward, and one step of AdamW for encoder, predictor and heads.
         values["total"].backward()
         gradient_norm = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad()
+        # 5. The target follows the encoder: target = momentum * target + (1 - momentum) * encoder.
         if self.objective.ema:
             with torch.no_grad():
                 self.update_target(list(self.model.target.parameters()), list(self.model.encoder.parameters()), None)
         self.healthy &= values["total"].isfinite() & gradient_norm.isfinite()
         return {name: value.detach() for name, value in values.items()}, h, gradient_norm
 
+    def row(self, step, losses, h, gradient_norm):
+        """A line of metrics.csv, a dict of numbers; the losses are averaged over ranks, each of which has to call it."""
+        means = mean_over_ranks(torch.stack([value.float() for value in losses.values()])).tolist()
+        effective_rank, feature_std = collapse_meter(h)
+        return {"step": step, **dict(zip(losses, means)), "grad_norm": gradient_norm.item(),
+                "lr": learning_rate(self.config, step), "ema": self.config.ema if self.objective.ema else "",
+                "ctx_weight": coefficients(self.objective, step, self.config.steps)["ctx"],
+                "effective_rank": effective_rank.item(), "feature_std": feature_std.item()}
+
     def save(self, folder, step):
         """Write all that a later process needs to go on with `step` as its first step."""
         buffer = io.BytesIO()
-        torch.save({"config": asdict(self.config), "step": step, "evaluated": self.evaluated,
-                    "optimizer": self.optimizer.state_dict(),
+        torch.save({"config": asdict(self.config), "definition": asdict(self.objective), "step": step,
+                    "evaluated": self.evaluated, "optimizer": self.optimizer.state_dict(),
                     **{part: getattr(self.model, part).state_dict() for part in self.PARTS}}, buffer)
-        probe.write_file(folder / "last.pt", buffer.getvalue())
+        write_file(folder / "last.pt", buffer.getvalue())
 
     def load(self, checkpoint):
-        """Take over a checkpoint; returns the first step to do. Raises ValueError where a part of it is missing."""
-        missing = {*self.PARTS, "optimizer"} - checkpoint.keys()
-        if missing:
-            raise ValueError(f"last.pt holds no {', no '.join(sorted(missing))}; it can be probed, but not resumed")
+        """Take over a checkpoint; returns the first step to do."""
         for part in self.PARTS:
             getattr(self.model, part).load_state_dict(checkpoint[part])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -364,7 +357,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def agreed(self):
-        """The signal, on all ranks if it reached any of them: one that stopped alone would leave the others waiting.
+        """The signal, on all ranks if it reached any: one that stopped alone would leave the others waiting.
 
         The ranks ask each other over the hosts' network, so that nothing waits for the GPU.
         """
@@ -374,19 +367,12 @@ class StopSignal:
         return received.item()
 
 
-def pick_device(config):
-    """"cuda", "mps" or "cpu". Raises ValueError where the machine has no such device."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if config.device == "auto":
-        return next(name for name in here if here[name])
-    if not here[config.device]:
-        raise ValueError(f"--device {config.device}: torch finds no such device on this machine; leave the flag out")
-    return config.device
-
-
 def start_ranks(config):
     """(rank, number of ranks, device); starts the process group under torchrun."""
-    name = pick_device(config)
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(name for name in here if here[name]) if config.device == "auto" else config.device
+    if not here[name]:
+        raise ValueError(f"--device {name}: torch finds no such device on this machine; leave the flag out")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if ranks == 1:
         return 0, 1, torch.device(name)
@@ -401,495 +387,124 @@ def start_ranks(config):
     return dist.get_rank(), ranks, device
 
 
+def prepare(config, rank, ranks, device, resume):
+    """The trainer, its batches, the run folder and the first step to do. What is refused leaves nothing behind."""
+    sources = training_sources(config)  # before the networks, which take seconds: a wrong path is said at once
+    trainer = Trainer(config, device, ranks)
+    masking = trainer.objective.masking
+    sample_masks(1, config.grid, masking, torch.Generator())  # refuses a grid that is too small
+    batches = data.Batches(*sources, config.batch, config.steps, config.seed,
+                           functools.partial(masks_of_clips, grid=config.grid, masking=masking),
+                           Path(config.out, "unreadable.txt"), rank, ranks)
+    checkpoint = [open_run(config, trainer.objective, resume) if rank == 0 else None]
+    if ranks > 1:
+        dist.broadcast_object_list(checkpoint)
+    return trainer, batches, trainer.load(checkpoint[0]) if checkpoint[0] else 0
+
+
 def train(config, resume=False):
     """Run a Config to its end, or to a signal; returns 0, or that signal's number."""
     rank, ranks, device = start_ranks(config)
-    source = training_source(config)  # before the networks, which take seconds: a wrong path is said at once
-    trainer = Trainer(config, device, ranks)
-    objective = trainer.objective
-    grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
-    sample_masks(1, grid, objective.masking, torch.Generator())  # refuses a grid too small before anything is written
-    batches = data.Batches(source, config.batch, config.steps, config.seed,
-                           functools.partial(draw_masks, grid=grid, masking=objective.masking), rank, ranks)
-    folder, checkpoint = open_run(config, resume) if rank == 0 else (Path(config.out), None)
-    if ranks > 1:
-        box = [checkpoint]
-        dist.broadcast_object_list(box)
-        checkpoint = box.pop()
-    start = trainer.load(checkpoint) if checkpoint else 0
-    del checkpoint  # as large as the networks and their optimizer
-    metrics = Metrics(folder / "metrics.csv", start) if rank == 0 else None
-    unreadable_here, stopping = data.Broken(), 0
-    peak, began, timed_from = peak_flops(device), time.perf_counter(), start
-    title = f"{config.objective}, batch {config.batch} = {ranks} x {config.batch // ranks}"
-    bar = tqdm(total=config.steps, initial=start, unit="step", disable=rank > 0, desc=title)
+    trainer, batches, start = prepare(config, rank, ranks, device, resume)
+    folder, stopping = Path(config.out), 0
+    if rank == 0:
+        cut_back(folder / "metrics.csv", start)
+    bar = tqdm(total=config.steps * config.batch, initial=start * config.batch, unit="clip", desc=config.objective,
+               file=sys.stdout, disable=True if rank else None)  # None: where there is no terminal
     with StopSignal() as stop, bar:
-        for step, (clips, masks, unreadable) in enumerate(data.loader(batches, start, config.workers, device), start):
+        for step, (clips, masks) in enumerate(data.loader(batches, start, config.workers, device), start):
             values, h, gradient_norm = trainer.step(step, clips, masks)
-            unreadable_here.add(unreadable, len(clips))
-            bar.update()
-
-            final = step + 1 == config.steps
-            log = step % config.log_every == 0 or final
-            stopping = stop.agreed()
-            save = (step + 1) % config.save_every == 0 or final or stopping
-            if (log or save) and not trainer.healthy:  # at these steps alone the host waits for the device
+            bar.update(config.batch)
+            last, stopping = step + 1 == config.steps, stop.agreed()
+            logging = step % config.log_every == 0 or last
+            saving = (step + 1) % config.save_every == 0 or last or stopping
+            if (logging or saving) and not trainer.healthy:  # at these steps alone the host waits for the device
                 raise FloatingPointError(f"the loss or its gradient was not finite by step {step}; {folder}/last.pt is "
                                          "the last good checkpoint, if there is one; start again with a lower --lr")
-            if log:
-                broken = unreadable_here.over_ranks()
-                means = mean_over_ranks(torch.stack([value.float() for value in values.values()])).tolist()
-            if log and rank == 0:
-                effective_rank, feature_std = (value.item() for value in collapse_meter(h))
-                row = dict(zip(values, means))
-                metrics.write({
-                    "step": step, **row, "grad_norm": gradient_norm.item(), "lr": learning_rate(config, step),
-                    "ema": config.ema if objective.ema else "",
-                    "ctx_weight": coefficients(objective, step, config.steps)["ctx"],
-                    "effective_rank": effective_rank, "feature_std": feature_std})
-                speed = (step + 1 - timed_from) * config.batch / (time.perf_counter() - began)
-                began, timed_from = time.perf_counter(), step + 1
-                shown = {**row, "rank": effective_rank, "std": feature_std, "clips/s": speed}
-                if peak:
-                    shown["MFU"] = flops_of(config, masks, objective.ema) * speed / config.batch / peak
-                shown = {name: f"{value:.3g}" for name, value in shown.items()}
-                bar.set_postfix({**shown, "unreadable": broken} if broken.files else shown)
-                broken.write(folder)
-                if broken.clips >= 100 and broken.share > config.max_broken:  # fewer would judge by one file
-                    raise ValueError(f"{broken.share:.0%} of the clips cannot be read ({broken}), more than "
-                                     f"--max-broken {config.max_broken:g}; {folder}/unreadable.txt names them")
-            if save and rank == 0:
+            if logging:
+                row = trainer.row(step, values, h, gradient_norm)
+            if logging and rank == 0:
+                report(folder, row, bar, config)
+            if saving and rank == 0:
                 trainer.save(folder, step + 1)
             if stopping:
                 break
-    broken = unreadable_here.over_ranks()  # the last log may be some steps ago
     if rank == 0:
         if stopping:
             print(f"stopped after step {step}; the same command with --resume goes on from there")
         else:
             finish(trainer, folder)
-        if broken.files:
-            broken.write(folder)
-            print(f"unreadable: {broken}; {folder}/unreadable.txt names the first")
+        if (folder / "unreadable.txt").exists():
+            print(f"some files could not be read; {folder}/unreadable.txt names them")
         print(f"run folder: {folder}")
     if ranks > 1:
         dist.destroy_process_group()
     return stopping
 
 
+def collapsed(last):
+    """Whether the features are dead by the last line of metrics.csv, a dict: then probes of them mean nothing."""
+    return float(last["feature_std"]) < 0.1 or float(last["effective_rank"]) < 2
+
+
 def finish(trainer, folder):
     """Probe the trained encoder, and one with random weights on the same clips; write it all to result.json."""
-    config, device, found = trainer.config, trainer.device, {}
+    config, found = trainer.config, {}
+    last = list(csv.DictReader((folder / "metrics.csv").open()))[-1]
     if config.probe_clips:
-        encoders = {"untrained": build(config).encoder.to(device), "trained": getattr(trainer.model, trainer.evaluated)}
+        encoders = {"untrained": build(config).encoder.to(trainer.device),
+                    "trained": getattr(trainer.model, trainer.evaluated)}
+        attentive = config.preset == "synthetic"  # other presets have too many tokens to keep in memory
         with torch.compiler.set_stance("force_eager"):  # blocks would be compiled again for the probes' shapes
             for name, encoder in encoders.items():
-                attentive = config.preset == "synthetic"  # other presets have too many tokens to keep in memory
-                found[name] = probe.synthetic_results(encoder, config.frames, config.crop, config.probe_clips,
-                                                      attentive=attentive, halves=attentive and name == "trained")
-        probe.show_synthetic({name: {kind: found[name][kind] for kind in ("linear", "attentive") if kind in found[name]}
-                              for name in found})
-    last = list(csv.DictReader((folder / "metrics.csv").open()))[-1]
-    machine = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    probe.write_json(folder / "result.json", {"config": asdict(config), "machine": machine, "last": last, **found})
-
-
-# ----------------------------------------------------------------------------------------------------------- a sweep
-
-
-def flags_of(config):
-    """The command line of a config, every field said."""
-    flags = []
-    for name, value in asdict(config).items():
-        flag = "--" + name.replace("_", "-")
-        flags += ([flag] if value else []) if isinstance(value, bool) else [f"{flag}={value}"]
-    return flags
-
-
-def sweep(config, names, seeds, jobs):
-    """Every objective with every seed, each a command of its own that can be run alone, `jobs` at a time.
-
-    A run's folder is <out>/`run_name`. What is finished there is left alone, what was begun goes on. On a
-    CPU a run has one thread, so that its numbers do not depend on how many run beside it. Returns 0, 128 + a
-    signal's number, or 1 if a run failed; the others go on all the same.
-    """
-    if "WORLD_SIZE" in os.environ:
-        raise ValueError("a sweep starts processes of its own; run it without torchrun")
-    cpu = pick_device(config) == "cpu"
-    jobs = jobs or (os.cpu_count() if cpu else 1)
-    environment = {**os.environ, "TQDM_MININTERVAL": "10"}  # logs stay short
-    if cpu:
-        environment["OMP_NUM_THREADS"] = "1"
-    pairs = dict.fromkeys((seed, name) for seed in seeds for name in names)  # each once
-    runs = [replace(config, objective=name, seed=seed) for seed, name in pairs]
-    runs = [check(replace(run, out=f"{config.out}/{run_name(run)}")) for run in runs]
-    waiting, running, failed = [], {}, []
-    for run in runs:
-        finished = probe.read_json(Path(run.out) / "result.json")
-        if finished:
-            refuse_other_run(run, finished["config"])
-        else:
-            waiting.append(run)
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    with StopSignal() as stop, tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run") as bar:
-        try:
-            while running or waiting:
-                while waiting and len(running) < jobs:
-                    run = waiting.pop(0)
-                    with open(f"{run.out}.log", "w") as log:
-                        running[run.out] = subprocess.Popen([sys.executable, __file__, "--resume", *flags_of(run)],
-                                                            stdout=log, stderr=log, env=environment)
-                    bar.set_postfix_str(", ".join(Path(out).name for out in running))
-                time.sleep(0.2)
-                for out in [out for out, process in running.items() if process.poll() is not None]:
-                    status = running.pop(out).returncode
-                    if status and not stop.received:
-                        lines = Path(f"{out}.log").read_text().strip().splitlines() or [""]
-                        failed.append(f"{out} failed with exit status {status}; the end of {out}.log: {lines[-1]}")
-                    bar.update()
-                if stop.received:
-                    break
-        finally:
-            for process in running.values():
-                process.terminate()  # a run that gets a signal saves and ends
-            for process in running.values():
-                process.wait()
-    for sentence in failed:
-        print(sentence, file=sys.stderr)
-    print("stopped; the same command goes on from there" if stop.received else
-          f"{len(runs) - len(failed)} of {len(runs)} runs finished; `python probe.py --table {config.out}` shows them")
-    return 128 + stop.received if stop.received else int(bool(failed))
-
-
-# ----------------------------------------------------------------------------------------------------- how fast it is
-
-# Dense bfloat16 multiply-add rates by datasheet, as operations per second.
-PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-         "RTX 4090": 165e12}
-WARMUP_STEPS, TIMED_ROUNDS, ROUND = 20, 5, 4  # steps, rounds, steps in a round
-
-
-def block_flops(tokens, width):
-    """Operations of one transformer block forward: its matrices (12 width^2 weights) and its attention."""
-    return 2 * tokens * 12 * width ** 2 + 4 * tokens ** 2 * width
-
-
-def step_flops(size, patch, tubelet, grid, counts, ema=True):
-    """Floating-point operations that one clip's training step needs: 2 per multiply-add of every matrix product.
-
-    counts: (visible, masked) tokens of each mask. A backward pass is two forward ones, but that nobody asks for the
-    gradient of the pixels. What flash attention or checkpointing computes again does not count, nor do the terms.
-    """
-    width, narrow, channels = size.width, size.predictor_width, LEVELS * size.width
-
-    def encoder(tokens, trained):
-        embedding = 2 * tokens * width * 3 * tubelet * patch ** 2
-        return (2 if trained else 1) * embedding + (3 if trained else 1) * size.depth * block_flops(tokens, width)
-
-    def predictor(visible, masked):
-        tokens = visible + masked
-        return 3 * (2 * visible * (channels * width + width * narrow) + 2 * tokens * narrow * channels
-                    + size.predictor_depth * block_flops(tokens, narrow))
-    return encoder(math.prod(grid), not ema) + sum(encoder(visible, True) + predictor(visible, masked)
-                                                   for visible, masked in counts)
-
-
-def peak_flops(device):
-    """What a device could do at most, in bfloat16 operations per second; None for an unknown one."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for known_name, peak in PEAKS.items() if known_name in name), None)
-
-
-def flops_of(config, masks, ema):
-    """`step_flops` of a whole batch with these masks."""
-    grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
-    counts = [(visible.shape[1], masked.shape[1]) for visible, masked in masks]
-    return len(masks[0][0]) * step_flops(size_of(config), config.patch, config.tubelet, grid, counts, ema)
-
-
-def time_steps(trainer, clips, masks):
-    """Median over rounds of the seconds that a step takes on clips that lie on the device, each with its own masks."""
-    def wait():
-        if trainer.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    rounds = []
-    for first in range(0, len(masks), ROUND):
-        wait()
-        began = time.perf_counter()
-        for step, pair in enumerate(masks[first:first + ROUND], first):
-            trainer.step(step, clips, pair)
-        wait()
-        rounds.append((time.perf_counter() - began) / ROUND)
-    return statistics.median(rounds)
-
-
-def compiled_graphs():
-    """(graphs compiled so far, graph breaks so far)."""
-    counters = torch._dynamo.utils.counters
-    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
-
-
-def largest_kernels(trainer, clips, masks, count=3):
-    """The kernels (on a CPU: operators) that take most of the steps' time on the device, each with its share."""
-    on_gpu = trainer.device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
-        time_steps(trainer, clips, masks)
-    spent = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
-             for event in profiler.key_averages()}
-    largest = sorted((name for name in spent if spent[name]), key=spent.get, reverse=True)[:count]
-    return ", ".join(f"{name[:60]} {spent[name] / sum(spent.values()):.0%}" for name in largest)
-
-
-def time_plain_step(config, device, ranks, clips, masks):
-    """Seconds for a clip in an uncompiled step in float32, attention by its mathematics, and how many clips a step had:
-    half of them, or half of that and so on, where their attention matrices are too large for the device."""
-    trainer = Trainer(replace(config, compile="no"), device, ranks)
-    trainer.autocast = nullcontext()
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            trainer.step(0, clips, masks[0])
-            return time_steps(trainer, clips, masks) / len(clips), len(clips)
-    except torch.OutOfMemoryError:
-        if len(clips) == 1:
-            raise
-    del trainer  # or its gradients would take memory while half of the clips are tried
-    half = len(clips) // 2
-    return time_plain_step(config, device, ranks, clips[:half],
-                           [[(visible[:half], masked[:half]) for visible, masked in pair] for pair in masks])
-
-
-def benchmark_row(config, device, ranks, clips):
-    """Of one objective: seconds of a step, the cells of the table that follow from it, on a GPU the largest kernels."""
-    objective, generator = build(config).objective, torch.Generator().manual_seed(config.seed)
-    grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
-    count = WARMUP_STEPS + TIMED_ROUNDS * ROUND
-    masks = [draw_masks(clips.cpu(), generator, grid, objective.masking) for _ in range(count)]
-    masks = [[(visible.to(device), masked.to(device)) for visible, masked in pair] for pair in masks]
-    warm_up, masks = masks[:WARMUP_STEPS], masks[WARMUP_STEPS:]
-    torch._dynamo.reset()  # every objective compiles the same functions, and there is a limit to how often
-    gc.collect()  # compiled networks of the objective before hold on to each other, and would count as memory in use
-    trainer = Trainer(config, device, ranks)
-    for step, pair in enumerate(warm_up):
-        trainer.step(step, clips, pair)
-    before, memory = compiled_graphs(), "-"
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds = time_steps(trainer, clips, masks)
-    if device.type == "cuda":
-        memory = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f}"
-    graphs, breaks = (after - earlier for after, earlier in zip(compiled_graphs(), before))
-    # On a CPU the profiler would write its own complaints between the lines of the table.
-    kernels = largest_kernels(trainer, clips, masks[:ROUND]) if device.type == "cuda" else ""
-    del trainer
-    plain, plain_clips = time_plain_step(config, device, ranks, clips, masks[:2 * ROUND])  # fewer: it is slow
-    ratio = f"{plain / (seconds / len(clips)):.2f}"
-    if plain_clips < len(clips):
-        ratio += f" (of a step of {plain_clips})"
-    peak, rate = peak_flops(device), statistics.mean(flops_of(config, pair, objective.ema) for pair in masks) / seconds
-    cells = [f"{rate / 1e12:.3g}", f"{rate / peak:.0%}" if peak else "unknown", memory, str(breaks), str(graphs), ratio]
-    return seconds, cells, kernels
-
-
-def benchmark(config, names):
-    """Print a table: what a training step of each of these objectives costs, and how fast files can be read for it.
-
-    On a GPU the largest kernels of each follow.
-    """
-    rank, ranks, device = start_ranks(config)
-    generator = torch.Generator().manual_seed(config.seed)
-    shape = (config.batch // ranks, 3, config.frames, config.crop, config.crop)
-    clips = torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device)
-    machine = (torch.cuda.get_device_name(device) if device.type == "cuda"
-               else f"{device.type}, {torch.get_num_threads()} threads")
-    loader = loader_speed(config, device) if config.data or config.root else "-"
-    show = functools.partial(print, flush=True) if rank == 0 else lambda line: None
-    show(f"{machine} x {ranks}, torch {torch.__version__}, {config.model}, {config.frames} frames of {config.crop} px, "
-         f"batch {config.batch}; plain: float32, uncompiled, attention by its mathematics\n")
-    show("| objective | ms/step | x first | clips/s | loader alone, clips/s | TFLOP/s | MFU | peak memory, GiB | graph "
-         "breaks | recompilations | x plain |\n|" + "---|" * 11)
-    first, largest = None, {}
-    for name in names:
-        seconds, cells, largest[name] = benchmark_row(replace(config, objective=name), device, ranks, clips)
-        first = first or seconds
-        show(f"| {name} | {1000 * seconds:.1f} | {seconds / first:.2f} | {config.batch / seconds:.0f} | {loader} | "
-             + " | ".join(cells) + " |")
-    if any(largest.values()):
-        show("\nLargest kernels and their share of the time on the device:")
-        for name, kernels in largest.items():
-            show(f"{name}: {kernels}")
-    if ranks > 1:
-        dist.destroy_process_group()
-
-
-def loader_speed(config, device):
-    """Clips per second that the loader's workers prepare when nobody trains."""
-    grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
-    begun = 3 * max(1, config.workers)  # batches that are under way when the first one arrives
-    batches = data.Batches(training_source(config), config.batch, 3 * begun, config.seed,
-                           functools.partial(draw_masks, grid=grid, masking=OBJECTIVES[config.objective].masking))
-    ready = iter(data.loader(batches, workers=config.workers, device=device))
-    for _ in range(begun):
-        next(ready)
-    began = time.perf_counter()
-    count = sum(len(clips) for clips, _, _ in ready)
-    return f"{count / (time.perf_counter() - began):.0f}"
-
-
-# ------------------------------------------------------------------------------------------------------- overviews
-
-
-def describe(objective):
-    """What an objective adds to the core loss, how it masks and where its targets come from, as one line of text."""
-    parts = []
-    for name, term in objective.terms.items():
-        options = [option if value is True else f"{option} {value}" for option, value in term.options.items()]
-        options += ["annealed"] * term.anneal
-        parts.append(f"{term.coefficient:g} {name}" + (f" ({', '.join(options)})" if options else ""))
-    masking = objective.masking
-    lines = [" + ".join(parts)] if parts else []
-    if masking.motion_strength:
-        lines.append(f"motion-guided masks s={masking.motion_strength:g} r={masking.uniform_share:g}")
-    if masking.first_steps < 1:
-        lines.append(f"future-predictive masks {masking.first_steps:g}")
-    return "; ".join(lines + ["no EMA"] * (not objective.ema)) or "-"
-
-
-def objective_list():
-    """The 28 objectives, a line each."""
-    rows = [(name, objective.regime, describe(objective), objective.about) for name, objective in OBJECTIVES.items()]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join("  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths)), row[3]]) for row in rows)
-
-
-def gradient_table():
-    """Markdown: which networks each loss of each objective, taken alone, gives a gradient that is not zero."""
-    size = Size(24, 4, 2, predictor_width=16, predictor_depth=1, predictor_heads=2)
-    lines = ["| objective | encoder | predictor | its own head | target |", "|---|---|---|---|---|"]
-    rows = [(name, objective) for name, objective in OBJECTIVES.items()]
-    rows += [(f"{name} `--as-released`", as_released(objective)) for name, objective in rows
-             if any("as_released" in term.options for term in as_released(objective).terms.values())]
-    for name, objective in rows:
-        reached = gradient_reach(objective, size)
-        lines.append(f"| {name} | " + " | ".join(", ".join(reached[part]) or "-" for part in reached) + " |")
-    return "\n".join(lines)
-
-
-def gradient_reach(objective, size):
-    """Which losses of an objective reach which networks: {"encoder": [names], "predictor", "heads", "target"}."""
-    torch.manual_seed(0)
-    model = JEPA(objective, size, patch=4, tubelet=2)
-    grid = (4, 4, 4)
-    clips = torch.randint(256, (2, 3, 8, 16, 16), dtype=torch.uint8)
-    masks = draw_masks(clips, torch.Generator().manual_seed(0), grid, objective.masking)
-    values, _ = model(clips, masks, coefficients(objective, 0, 1))
-    reached = {part: [] for part in ("encoder", "predictor", "heads", "target")}
-    for name in [name for name in values if name != "total"]:
-        model.zero_grad()
-        if values[name].requires_grad:
-            values[name].backward(retain_graph=True)
-        for part in reached:
-            gradients = [p.grad for p in getattr(model, part).parameters() if p.grad is not None]
-            if any(gradient.abs().sum() > 0 for gradient in gradients):
-                reached[part].append(name)
-    return reached
+                found[name] = probe.probe_shapes(encoder, config.frames, config.crop, config.probe_clips,
+                                                 attentive=attentive, about=f"the {name} encoder")
+        probe.show_shapes(found, config.probe_clips)
+        if config.data or config.root:
+            print("These clips are generated, not yours; probe.py reads yours.")
+        if collapsed(last):
+            print("The features have collapsed (feature_std below 0.1, or effective rank below 2): what the probes say "
+                  "of the trained encoder means nothing.")
+    machine = f"{trainer.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    write_json(folder / "result.json", {"config": asdict(config), "machine": machine, "last": last, **found})
 
 
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def known(kind, name, names):
-    """The name itself; a ValueError with the nearest known name if there is no such name."""
-    if name in names:
-        return name
-    nearest = "".join(f"; did you mean '{near}'?" for near in difflib.get_close_matches(name, names, n=1, cutoff=0.4))
-    raise ValueError(f"unknown {kind} '{name}'{nearest or '.'} Known: {', '.join(names)}")
-
-
 def parse(arguments):
     """Command line -> (Config, other flags). The preset's values first, then what the flags say."""
-    parser = Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--list", action="store_true", help="print the 28 objectives and stop")
-    parser.add_argument("--gradients", action="store_true", help="print which networks each loss trains and stop")
-    parser.add_argument("--benchmark", action="store_true", help="time the training step; --objective a,b or all")
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--list", action="store_true", help="print the named objectives and stop")
     parser.add_argument("--resume", action="store_true", help="continue the run in its folder")
-    parser.add_argument("--seeds", help="a sweep: --objective a,b or all with each of these seeds, as 0,1,2")
-    parser.add_argument("--jobs", type=int, help="runs of a sweep side by side [one per CPU core; on a GPU 1]")
     for item in fields(Config):
-        flag = "--" + item.name.replace("_", "-")
-        if item.type is bool:
-            parser.add_argument(flag, action="store_true", default=None, help=item.metadata["help"])
-        else:
-            parser.add_argument(flag, type=item.type, metavar=item.type.__name__.upper(), help=item.metadata["help"])
-    given, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        flags = [option for action in parser._actions for option in action.option_strings if option[:2] == "--"]
-        known("flag", unknown[0].split("=")[0], flags)
-    preset = known("preset", given.preset or Config.preset, PRESETS)
-    chosen = {item.name: getattr(given, item.name) for item in fields(Config)
-              if getattr(given, item.name) is not None}
-    config = Config(**{**PRESETS[preset], **chosen, "preset": preset})
+        how = item.metadata
+        kind = {"action": argparse.BooleanOptionalAction} if item.type is bool else {
+            "type": item.type if how["least"] is None else number(how["least"], how["most"], item.type),
+            "choices": how["choices"] and list(how["choices"]()), "metavar": item.type.__name__.upper()}
+        parser.add_argument("--" + item.name.replace("_", "-"), help=how["help"], default=None, **kind)
+    flags = parser.parse_args(arguments)
+    chosen = {item.name: getattr(flags, item.name) for item in fields(Config) if getattr(flags, item.name) is not None}
+    config = Config(**{**PRESETS[chosen.get("preset", Config.preset)], **chosen})
     if "frame_step" in chosen and "fps" not in chosen:
         config.fps = 0
-    if given.benchmark or given.seeds:
-        given.names = list(OBJECTIVES) if config.objective == "all" else config.objective.split(",")
-        config.objective = given.names[0]
-        for name in given.names:
-            known("objective", name, OBJECTIVES)
-    elif config.objective == "all" or "," in config.objective:
-        raise ValueError(f"--objective {config.objective} names several; add --seeds 0,1,2 to train each, or "
-                         "--benchmark")
-    elif given.jobs is not None:
-        raise ValueError("--jobs is for a sweep; add --seeds 0,1,2")
-    if given.seeds:
-        try:
-            given.seeds = [int(seed) for seed in given.seeds.split(",")]
-        except ValueError:
-            raise ValueError(f"--seeds {given.seeds}: give whole numbers with commas, as 0,1,2") from None
-        if given.jobs is not None and given.jobs < 1:
-            raise ValueError(f"--jobs is {given.jobs}; it must be at least 1")
-        config.out = config.out or "runs/study"
-    return check(config), given
-
-
-def check(config):
-    """The same Config with its run folder filled in. Raises ValueError for what cannot run."""
-    known("objective", config.objective, OBJECTIVES)
-    known("model", config.model, SIZES)
-    known("device", config.device, ("auto", "cuda", "mps", "cpu"))
-    known("value of --compile", config.compile, ("auto", "yes", "no"))
-    known("value of --fwm-split", config.fwm_split, ("depth", "level"))
-    known("value of --ablate", config.ablate, ("", *ABLATIONS))
-    counts = "frames", "crop", "frame_step", "patch", "tubelet", "steps", "batch", "log_every", "save_every"
-    if config.seed >= 2 ** 32:
-        raise ValueError(f"--seed is {config.seed}; it must be less than 2 ** 32")
-    if config.root and (config.data or config.preset not in ("mixed", "ucf101")):
-        raise ValueError("--root is for --preset mixed or ucf101, without --data")
-    least = dict.fromkeys(counts, 1) | dict.fromkeys(("seed", "fps", "workers", "lr", "warmup_lr", "weight_decay"), 0)
-    for name, value in least.items():
-        if not getattr(config, name) >= value:  # so put, it refuses nan as well
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least {value}")
-    for name in ("ema", "max_broken"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be from 0 to 1")
-    if config.probe_clips and config.probe_clips < 192:
-        raise ValueError(f"--probe-clips {config.probe_clips} are too few to probe 8 classes with; give at least 192, "
-                         "or 0 for no table")
-    grid = token_grid(config.frames, config.crop, config.crop, config.patch, config.tubelet)
-    if grid[0] < 2:
-        raise ValueError(f"{config.frames} frames in tubelets of {config.tubelet} give {grid[0]} time step; "
-                         "the method needs at least 2: raise --frames")
-    if not config.out:
-        config.out = f"runs/{Path(config.data).stem if config.data else config.preset}-{run_name(config)}"
-    return config
-
-
-def run_name(config):
-    """The objective, what of the method was changed by flags, and the seed."""
-    changes = {"-as-released": config.as_released, f"-fwm-split-{config.fwm_split}": config.fwm_split != "depth",
-               f"-without-{config.ablate}": config.ablate,
-               f"-ema-{config.ema:g}": config.ema != PRESETS[config.preset].get("ema", Config.ema)}
-    return config.objective + "".join(change for change in changes if changes[change]) + f"-seed{config.seed}"
+    needs_root = config.preset in ("mixed", "ucf101") and not config.data
+    wrong = {
+        "--root is for --preset mixed or ucf101, without --data": config.root and not needs_root,
+        f"--preset {config.preset} needs --root DIR, the folder that holds the study's datasets, or --data with your own "
+        "videos; `python data.py --check DIR` says what a folder lacks": needs_root and not config.root,
+        f"--probe-clips {config.probe_clips} are too few to probe 8 classes with; give at least {probe.FEWEST_CLIPS}, or "
+        "0 for no table": 0 < config.probe_clips < probe.FEWEST_CLIPS,
+        f"{config.frames} frames in tubelets of {config.tubelet} give fewer than 2 time steps; raise --frames":
+            config.frames < 2 * config.tubelet}
+    for sentence in [sentence for sentence, holds in wrong.items() if holds]:
+        parser.error(sentence)
+    if not config.out:  # the objective, what of the method was changed by flags, and the seed
+        changes = {"-as-released": config.as_released, f"-without-{config.ablate}": config.ablate,
+                   f"-ema-{config.ema:g}": config.ema != PRESETS[config.preset].get("ema", Config.ema)}
+        config.out = "-".join(["runs/" + (Path(config.data).stem or config.preset), config.objective]) + "".join(
+            change for change in changes if changes[change]) + f"-seed{config.seed}"
+    return config, flags
 
 
 @command("train.py", smaller="--batch, --model or --crop",
@@ -898,15 +513,9 @@ def main(arguments=None):
     config, flags = parse(arguments)
     if flags.list:
         print(objective_list())
-    elif flags.gradients:
-        print(gradient_table())
-    elif flags.benchmark:
-        benchmark(config, flags.names)
-    elif flags.seeds:
-        return sweep(config, flags.names, flags.seeds, flags.jobs)
-    else:
-        stopped = train(config, flags.resume)
-        return 128 + stopped if stopped else 0
+        return 0
+    stopped = train(config, flags.resume)
+    return 128 + stopped if stopped else 0
 
 
 if __name__ == "__main__":
