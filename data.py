@@ -23,9 +23,10 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
 from tqdm import tqdm
 
 from synthetic import Blobs, command, number
@@ -169,19 +170,23 @@ def spread(start, length, count):
 def window(n, frames, step, generator):
     """Frame numbers of a random clip from a video of n frames: one window of frames * step frames, or all there is.
 
-    A video no longer than the window gives floor(linspace(0, n, n // step)), then its last frame again and again.
+    A window starts at 0 to n - length - 1. A video no longer than one gives floor(linspace(0, n, n // step)), then its
+    last frame again and again.
     """
     length = frames * step
     if n > length:
-        start = torch.randint(n - length + 1, (), generator=generator).item()
+        start = torch.randint(n - length, (), generator=generator).item()
         return [min(i, start + length - 1) for i in spread(start, length, frames)]
     numbers = [min(i, n - 1) for i in spread(0, n, n // step)]
     return numbers + [n - 1] * (frames - len(numbers))
 
 
 def fps_step(rate, fps):
-    """The frame step that leaves about `fps` frames per second of `rate`: ceil(rate) // fps, at least 1."""
-    return max(1, math.ceil(rate) // fps)
+    """The frame step that leaves about `fps` frames per second of `rate`: ceil(rate) // fps, at least 1.
+
+    Rates are measured, so they are rounded to a tenth first: 15.0016 is 15.
+    """
+    return max(1, math.ceil(round(rate, 1)) // fps)
 
 
 def evaluation_window(n, frames):
@@ -200,24 +205,26 @@ def normalise(clips):
     return torch.stack([(clips[:, c].float() / 255 - MEAN[c]) / STD[c] for c in range(3)], dim=1)
 
 
+def resize(pictures, size, how="bilinear"):
+    """uint8 [T, 3, H, W] -> uint8 [T, 3, *size]: in float, rounded once, without antialiasing, as the study does it."""
+    return F.interpolate(pictures.float(), size, mode=how).round().to(torch.uint8)
+
+
 class Videos:
     """Clips of video files.
 
     step: frames of the video from one frame of a clip to the next; fps, if not 0, sets it by each video's average rate.
     """
-    resize_for_evaluation = InterpolationMode.BILINEAR
 
     def __init__(self, paths, labels, frames, crop, step=1, fps=0, name="videos"):
         self.paths, self.labels, self.name = [str(path) for path in paths], labels, name
-        self.frames, self.step, self.fps = frames, step, fps
-        self.transform = v2.Compose([v2.RandomResizedCrop(crop, scale=(0.3, 1.0), ratio=(0.75, 1.35)),
-                                     v2.RandomHorizontalFlip(0.5)])
-        self.evaluation_transform = v2.Compose([v2.Resize(crop, self.resize_for_evaluation), v2.CenterCrop(crop)])
+        self.frames, self.crop, self.step, self.fps = frames, crop, step, fps
 
     def __len__(self):
         return len(self.paths)
 
     def clip(self, item, generator):
+        """A random window, crop and flip of a video: uint8 [3, T, crop, crop]."""
         def choose(count, rate):
             return window(count, self.frames, fps_step(rate, self.fps) if self.fps else self.step, generator)
 
@@ -225,14 +232,22 @@ class Videos:
         seed = torch.randint(2 ** 62, (), generator=generator).item()
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
             torch.default_generator.manual_seed(seed)
-            return self.finish(self.transform(pictures))
+            top, left, height, width = RandomResizedCrop.get_params(pictures, scale=(0.3, 1.0), ratio=(0.75, 1.35))
+            flip = torch.rand(()) < 0.5
+        pictures = resize(pictures[..., top:top + height, left:left + width], (self.crop, self.crop))
+        return self.finish(pictures.flip(-1) if flip else pictures)
 
     def evaluation_clip(self, item):
+        """Frames from all of a video, the short side resized to the crop, its centre: uint8 [3, T, crop, crop]."""
         pictures = self.read(item, lambda count, rate: evaluation_window(count, self.frames))
-        return self.finish(self.evaluation_transform(pictures))
+        return self.finish(v2.functional.center_crop(self.shrink(pictures), [self.crop, self.crop]))
+
+    def shrink(self, pictures):
+        height, width = pictures.shape[-2:]
+        return resize(pictures, [self.crop * side // min(height, width) for side in (height, width)])
 
     def read(self, item, choose):
-        """Pictures as torchvision wants them, uint8 [T, 3, H, W]; it then crops, resizes and flips them all alike."""
+        """Frames of one file: uint8 [T, 3, H, W]."""
         return torch.from_numpy(read_video(self.paths[item], choose).frames).permute(0, 3, 1, 2)
 
     def finish(self, pictures):
@@ -242,25 +257,31 @@ class Videos:
 
 class Images(Videos):
     """Clips of image files: each stands still for all of the clip, whatever step or fps."""
-    resize_for_evaluation = InterpolationMode.BICUBIC
 
     def read(self, item, choose):
         return torch.from_numpy(read_image(self.paths[item])).permute(2, 0, 1).unsqueeze(0)  # (1, 3, H, W)
 
+    def shrink(self, pictures):
+        return v2.functional.resize(pictures, self.crop, InterpolationMode.BICUBIC)  # as usual with ImageNet
+
+
+CLEAN_BLOBS = 10_042  # the seed of the first evaluation clip that no training clip shares its looks with
+
 
 class BlobVideos(Videos):
-    """The study's generated clips, `synthetic.Blobs`, cropped, resized and flipped as video files are."""
+    """The study's generated clips, `synthetic.Blobs`; for evaluation their first frames as they are, 160x160."""
 
-    def __init__(self, seed, frames, crop, step=1, fps=0, count=10_000):
-        self.blobs = Blobs(seed)
-        labels = [self.blobs.label(item) for item in range(count)]
-        super().__init__(range(count), labels, frames, crop, step, fps, "blobs")
-
-    def evaluation_clip(self, item):
-        return self.finish(self.evaluation_transform(self.read(item, lambda count, rate: range(self.frames))))
+    def __init__(self, frames, crop, step=1, fps=0, items=range(10_000), first=0, directions=False):
+        self.blobs = Blobs(first, directions)
+        labels = [item % len(Blobs.MOVES) for item in items]
+        super().__init__(items, labels, frames, crop, step, fps, "blobs")
 
     def read(self, item, choose):
-        return self.blobs.video(item)[0][:, list(choose(self.blobs.FRAMES, self.blobs.FPS))].transpose(0, 1)
+        clip, _ = self.blobs.video(self.paths[item])
+        return clip.transpose(0, 1)[list(choose(self.blobs.FRAMES, self.blobs.FPS))]
+
+    def evaluation_clip(self, item):
+        return self.finish(self.read(item, lambda count, rate: range(self.frames)))
 
 
 def read_all(items, source):
@@ -286,57 +307,52 @@ def generator_for(*numbers):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
 
-def draw_items(sources, weights, count, generator):
-    """The clips that a run sees: LongTensors [count] of source and item.
-
-    Of several sources, first the source, by weight, then any of its items, both with replacement. Of one, every item
-    once before any comes again.
-    """
-    if len(sources) > 1:
-        source = torch.multinomial(torch.tensor(weights, dtype=torch.float64), count, True, generator=generator)
-        sizes = torch.tensor([len(source) for source in sources])
-        return source, (torch.rand(count, dtype=torch.float64, generator=generator) * sizes[source]).long()
-    if hasattr(sources[0], "clips"):  # as many new ones as anyone asks for
-        return torch.zeros(count, dtype=torch.long), torch.arange(count)
-    epochs = [torch.randperm(len(sources[0]), generator=generator) for _ in range(math.ceil(count / len(sources[0])))]
-    return torch.zeros(count, dtype=torch.long), torch.cat(epochs)[:count]
-
-
 class Batches:
     """One item per training step, a function of seed and step alone, so that a resumed run goes on as it would have.
 
-    batches[step] -> clips uint8 [batch / ranks, 3, T, H, W] and masks = make_masks(clips, generator, sizes=None). In
-    the place of a file that cannot be read another one of the same source is taken; a line "dataset, path, reason" in
-    the file `unreadable` says so. The ranks of a distributed run share the batch of a step: its clips are the same
-    however many ranks there are, and `sizes` is a generator that all ranks have alike, None where there is one.
-    Raises ValueError where the batch does not fit the data or the ranks.
+    batches[step] -> a list of micro-batches: uint8 clips [micro_batch, 3, T, H, W] and their masks,
+    make_masks(clips, positions, sizes), two generators. Micro-batch j of a step draws the positions of its blocks from
+    (seed, step, j) and their sizes from (seed, step), so that all of a step have equal ones; the ranks of a distributed
+    run share the micro-batches of a step, which are the same however many ranks there are. Clips are drawn with
+    replacement: first the source, by weight, then any of its items; generated ones are new each time.
+    In the place of a file that cannot be read another of the same source is taken; a line "dataset, path, reason" in
+    the file `unreadable` says so. Raises ValueError where batch, micro-batch and ranks do not fit.
     """
 
-    def __init__(self, sources, weights, batch, steps, seed, make_masks, unreadable, rank=0, ranks=1):
-        total = sum(map(len, sources))
-        if batch > total:
-            raise ValueError(f"a batch of {batch} is larger than the data, {total} clips; choose a smaller one")
-        if batch % ranks:
-            raise ValueError(f"a batch of {batch} does not divide among {ranks} ranks; choose a multiple of {ranks}")
-        self.sources, self.seed, self.make_masks, self.unreadable = sources, seed, make_masks, unreadable
-        self.rank, self.ranks = rank, ranks
-        self.places = range(rank * batch // ranks, (rank + 1) * batch // ranks)  # this rank's, in the batch of a step
-        items = torch.stack(draw_items(sources, weights, steps * batch, generator_for(seed, ORDER, 0, 0)))
-        self.items = items.view(2, steps, batch)  # source and item
+    def __init__(self, sources, weights, config, make_masks, rank=0, ranks=1):
+        size = config.micro_batch or max(1, config.batch // ranks)
+        if config.batch % (size * ranks):
+            raise ValueError(f"a batch of {config.batch} is not a multiple of {ranks} ranks x a micro-batch of {size}; "
+                             "change --batch or --micro-batch")
+        self.sources, self.size, self.seed, self.make_masks = sources, size, config.seed, make_masks
+        self.unreadable, self.alike = Path(config.out, "unreadable.txt"), config.as_released
+        each = config.batch // (size * ranks)  # micro-batches of a rank
+        self.mine, count = range(rank * each, (rank + 1) * each), config.steps * config.batch
+        draw = generator_for(config.seed, ORDER, 0, 0)
+        source = torch.multinomial(torch.tensor(weights, dtype=torch.float64), count, True, generator=draw)
+        lengths = torch.tensor([len(source) for source in sources])
+        item = (torch.rand(count, dtype=torch.float64, generator=draw) * lengths[source]).long()
+        generated = hasattr(sources[0], "clips")
+        self.items = torch.stack((source, torch.arange(count) if generated else item)).view(2, config.steps, -1)
 
     def __len__(self):
         return self.items.shape[1]
 
     def __getitem__(self, step):
-        sources, items = self.items[:, step, self.places.start:self.places.stop]
-        if hasattr(self.sources[0], "clips"):
-            clips = self.sources[0].clips(items)
-        else:
-            clips = torch.stack([
-                self.readable_clip(self.sources[source], item, generator_for(self.seed, CLIP, step, place))
-                for source, item, place in zip(sources.tolist(), items.tolist(), self.places)])
-        sizes = generator_for(self.seed, SIZE, step, 0) if self.ranks > 1 else None
-        return clips, self.make_masks(clips, generator_for(self.seed, MASK, step, self.rank), sizes=sizes)
+        micro_batches = []
+        for j in self.mine:
+            places = range(j * self.size, (j + 1) * self.size)  # in the batch of the step
+            sources, items = self.items[:, step, places.start:places.stop]
+            if hasattr(self.sources[0], "clips"):
+                clips = self.sources[0].clips(items)
+            else:
+                clips = torch.stack([
+                    self.readable_clip(self.sources[source], item, generator_for(self.seed, CLIP, step, place))
+                    for source, item, place in zip(sources.tolist(), items.tolist(), places)])
+            # The released code draws the same positions on every GPU (README, departure 11).
+            positions = generator_for(self.seed, MASK, step, 0 if self.alike else j)
+            micro_batches.append((clips, self.make_masks(clips, positions, generator_for(self.seed, SIZE, step, 0))))
+        return micro_batches
 
     def readable_clip(self, source, item, generator):
         """A clip of this item, or of the first other one that can be read."""

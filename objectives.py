@@ -40,11 +40,14 @@ class Masking:
 
     motion_strength s: blocks fall where things move, with probability proportional to (mean motion under block)^s;
     uniform_share r: the share of blocks that is placed uniformly all the same; first_steps: only the first share of
-    the time steps may be visible, and all the rest is predicted (future-predictive).
+    the time steps may be visible, and all the rest is predicted (future-predictive); maxima_mixed_up: motion maps as
+    the released code makes them; random_cut: clips are cut to equal counts at random (`--ablate cut`).
     """
     motion_strength: float = 0.0
     uniform_share: float = 0.0
     first_steps: float = 1.0
+    maxima_mixed_up: bool = False
+    random_cut: bool = False
 
     @property
     def kinds(self):
@@ -53,16 +56,23 @@ class Masking:
                                                                           LONG_RANGE._replace(blocks=1))
 
 
-def motion_map(clips, grid):
+def motion_map(clips, grid, maxima_mixed_up=False):
     """How much each grid cell moves: normalised clips [B, 3, T, H, W] -> [B, t, h, w], each clip's maximum 1.
 
     The absolute difference between neighbouring frames, averaged over colours (the first frame repeats the first
     difference) and resized trilinearly to the grid. A clip that stands still gives zeros.
+    maxima_mixed_up: time step k of every clip is divided by the maximum of clip k, as in the released code (README,
+    departure 10), where a [B, 1, 1] of maxima meets maps [B, t, h, w]. Raises ValueError where B is less than t.
     """
     difference = (clips[:, :, 1:] - clips[:, :, :-1]).abs().mean(1, keepdim=True)  # (B, 1, T-1, H, W)
     difference = torch.cat((difference[:, :, :1], difference), dim=2)  # (B, 1, T, H, W)
     motion = F.interpolate(difference, size=grid, mode="trilinear").squeeze(1)  # (B, t, h, w)
     largest = motion.amax((1, 2, 3), keepdim=True)
+    if maxima_mixed_up:
+        if len(clips) < grid[0]:
+            raise ValueError(f"--as-released divides each of {grid[0]} time steps by the maximum of another clip, but a "
+                             f"micro-batch has {len(clips)} clips; give --micro-batch {grid[0]} or more")
+        return motion / largest[:grid[0]].clamp(min=1e-6).view(1, -1, 1, 1)
     return torch.where(largest > 0, motion / largest, 0.0)
 
 
@@ -114,15 +124,22 @@ def place_blocks(kind, size, grid, masking, motion, generator):
     return masked
 
 
+def cut_to(tokens, count, generator=None):
+    """The first `count` of a clip's sorted token ids or, with a generator, as many of them at random, sorted."""
+    return tokens[:count] if generator is None else tokens[torch.randperm(len(tokens), generator=generator)[:count]].sort().values
+
+
 def sample_masks(batch, grid, masking, generator, motion=None, sizes=None):
     """Draw both masks of a batch: a list of (visible [B, n], masked [B, k]), sorted token ids.
 
     One block size per mask for the whole batch, positions per clip. A clip with nothing left to see is drawn again;
-    then all clips are cut to the batch's smallest counts, dropping the last tokens of the raster order.
-    sizes: a generator for block sizes alone, where several ranks share a batch and need the same ones.
+    then all clips are cut to the batch's smallest counts, dropping the last tokens of the raster order, which are the
+    late time steps (README, departure 13). Future-predictive masks lose none: what is not visible is predicted.
+    sizes: a generator for block sizes alone, where several micro-batches of a step need the same ones.
     Raises ValueError where the grid is too small for the blocks.
     """
-    masks = []
+    masks, tokens = [], torch.arange(math.prod(grid))
+    at_random = torch.Generator().manual_seed(generator.initial_seed() + 1) if masking.random_cut else None
     for kind in masking.kinds:
         size = draw_block_size(kind, grid, sizes or generator)
         clips = []
@@ -135,10 +152,13 @@ def sample_masks(batch, grid, masking, generator, motion=None, sizes=None):
                 raise ValueError(f"no mask of {kind.blocks} blocks of {size[0]}x{size[1]} tokens leaves anything "
                                  f"visible on a token grid of {grid}; use a larger crop or smaller patches")
             clips.append(mask.flatten())
-        mask = torch.stack(clips)  # (B, N)
-        fewest_visible, fewest_masked = int((~mask).sum(1).min()), int(mask.sum(1).min())
-        visible = torch.stack([(~clip).nonzero()[:fewest_visible, 0] for clip in mask])  # (B, n)
-        masked = torch.stack([clip.nonzero()[:fewest_masked, 0] for clip in mask])  # (B, k)
+        fewest_visible, fewest_masked = (min(int(clip.sum()) for clip in each) for each in ([~clip for clip in clips], clips))
+        visible = torch.stack([cut_to(tokens[~clip], fewest_visible, at_random) for clip in clips])  # (B, n)
+        if masking.first_steps < 1.0:
+            masked = torch.ones(batch, len(tokens), dtype=torch.bool).scatter(1, visible, False).nonzero()[:, 1]
+            masked = masked.view(batch, -1)  # (B, N - n)
+        else:
+            masked = torch.stack([cut_to(tokens[clip], fewest_masked, at_random) for clip in clips])  # (B, k)
         masks.append((visible, masked))
     return masks
 
@@ -189,14 +209,13 @@ def mean_over_ranks(value):
 def mean_over_masks(outputs, errors):
     """Average over masks of the mean error at a mask's valid positions; a mask without any is left out.
 
-    errors(mask) -> (error, valid), both [B, n] (`spectral`: [B, places]). Each mean divides by the count that all ranks
-    hold on average, so that averaging gradients over ranks gives the gradient of the whole batch.
+    errors(mask) -> (error, valid), both [B, n] (`spectral`: [B, places]). Without a valid position anywhere: zero.
     """
     total, used = 0.0, 0.0
     for mask in outputs.masks:
         error, valid = errors(mask)
-        count = mean_over_ranks(valid.sum().to(error.dtype))
-        total = total + (error * valid).sum() / count.clamp(min=1e-6)
+        count = valid.sum()
+        total = total + (error * valid).sum() / count.clamp(min=1)
         used = used + (count > 0)
     return total / used.clamp(min=1)
 
@@ -347,7 +366,7 @@ def static_appearance(outputs, ratio=0.5):
 def uncorrelated_factors(outputs, ratio=0.5):
     """Factorised world model, second half: mean(C^2), C = A^T Dyn / (n - 1), A and Dyn centred.
 
-    The n tokens are all visible tokens of the batch; in float32. Each rank of a distributed run takes its own C.
+    The n tokens are all visible tokens of the batch; in float32.
     """
     total = 0.0
     for mask in outputs.masks:
@@ -450,8 +469,9 @@ def epps_pulley(sample, directions):
 def sigreg(outputs, directions=1024, chunk=64):
     """Sketched isotropic Gaussian regularisation: `epps_pulley` of all visible tokens of both masks.
 
-    Random unit directions, fresh every step and equal on all ranks. They go through in chunks that the backward pass
-    computes again, so that memory does not grow with their number.
+    Random unit directions, fresh each time and equal on all ranks. This is the one statistic that spans ranks, as in
+    the study. Directions go through in chunks that the backward pass computes again, so that memory does not grow with
+    their number.
     """
     with torch.autocast(outputs.h.device.type, enabled=False):
         sample = at_least_float32(torch.cat([mask.z.flatten(0, 1) for mask in outputs.masks]))  # (n, 4D)
@@ -578,16 +598,27 @@ class Objective:
 
 
 def released_form(objective):
-    """The same objective as the released code computes and evaluates it (README, departures 1 and 2)."""
+    """The same objective as the released code computes and evaluates it (README, departures 1, 2 and 10)."""
     terms = {name: replace(term, options={**term.options, "detached": True}) if term.options.get("hard") else term
              for name, term in objective.terms.items()}
-    return replace(objective, terms=terms, stale_target=True)
+    masking = replace(objective.masking, maxima_mixed_up=objective.masking.motion_strength > 0)
+    return replace(objective, terms=terms, masking=masking, stale_target=True)
 
 
-# The collapse laboratory: what the core loss becomes without one ingredient. "predictor" takes away its blocks, so
-# that no prediction at a masked place depends on what is visible; train.py does that.
-ABLATIONS = {"stop_gradient": {"ema": False}, "level_norm": {"level_norm": False}, "l1": {"squared": True},
-             "predictor": {}}
+ABLATIONS = ("stop_gradient", "predictor", "level_norm", "l1", "cut")
+
+
+def without(objective, ingredient):
+    """The collapse laboratory: an objective without one of the ABLATIONS. Raises ValueError where it has none.
+
+    "predictor" takes away its blocks, so that no prediction at a masked place depends on what is visible: train.py.
+    """
+    if ingredient == "cut" and objective.masking.first_steps < 1.0:
+        raise ValueError("--ablate cut needs masks that are cut; those of this objective lose no token")
+    return replace(objective, **{
+        "stop_gradient": {"ema": False}, "level_norm": {"level_norm": False}, "l1": {"squared": True}, "predictor": {},
+        "cut": {"masking": replace(objective.masking, random_cut=True)}}[ingredient])
+
 
 FWM = {"fwm_static": Term(0.05), "fwm_orth": Term(0.01)}
 GUIDED = Masking(motion_strength=2.0, uniform_share=0.1)
@@ -660,13 +691,13 @@ def objective_list():
 EPOCHS = 100  # the study's run is 100 epochs of 300 steps; a run of any length has 100 epochs here
 
 
-def coefficients(objective, step, steps):
+def coefficients(objective, step, steps, ctx_weight=0.5):
     """What each loss counts for at a step (from 0) of a run of so many steps: a dict by loss name.
 
-    The context loss counts nothing for the first half of the run, then rises linearly to 0.5 at its end.
+    The context loss counts nothing for the first half of the run, then rises linearly to ctx_weight at its end.
     """
     anneal = 0.5 * (1 + math.cos(math.pi * (EPOCHS * step // steps) / EPOCHS))
-    return {"pred": 1.0, "ctx": 0.5 * min(1.0, max(0.0, 2 * step / steps - 1)),
+    return {"pred": 1.0, "ctx": ctx_weight * min(1.0, max(0.0, 2 * step / steps - 1)),
             **{name: term.coefficient * (anneal if term.anneal else 1.0) for name, term in objective.terms.items()}}
 
 

@@ -1,22 +1,24 @@
 """Measure what a frozen encoder knows: `python probe.py --checkpoint runs/NAME/last.pt`.
 
-    (nothing more)                            moving shapes (printed alone) and blobs, generated: no data needed
-    --benchmark diving48 --root DIR           one of the study's five benchmarks
-    --train-list A.csv --test-list B.csv      your own videos, a line `path label` each; as Diving-48
-    ... --shots 1,5,10,20                     instead: learn from so few labelled clips per class
-    ... --episodes 600                        instead: 5-way 1- and 5-shot episodes, nearest class mean
-    ... --pictures                            instead: masks.png and features.png
+    (nothing more)                          the table that ends a run, then the study's blobs: no data needed
+    --benchmark diving48 --root DIR         one of the study's five benchmarks, by the study's recipe
+    --train-list A.csv --test-list B.csv    your own videos, a line `path label` each: both heads, trained and untrained
+    ... --shots 1,5,20,all                  instead: both heads, learning from so few labelled clips per class
+    ... --episodes 600                      instead: 5-way 1- and 5-shot episodes, nearest class mean
+    ... --pictures                          instead: masks.png, features.png, motion.png and curves.png
 
 An encoder is evaluated on its last level alone (D of its 4D channels), as the study does. Features and results go into
-the checkpoint's folder. `--weights FILE --out DIR` takes V-JEPA 2.1 weights in the place of a checkpoint.
+the checkpoint's folder. `--weights FILE --out DIR` takes V-JEPA 2.1 weights in the place of a checkpoint, and
+`--untrained vit_base` random ones.
 """
 import argparse
+import csv
+import functools
 import hashlib
-import io
+import itertools
 import json
 import math
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -24,47 +26,44 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision.utils import save_image
+from torch.utils.data import DataLoader
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import data
 from model import SIZES, Encoder, load_vjepa, token_grid
 from objectives import Masking, motion_map, sample_masks
-from synthetic import (APPEARANCES, DIRECTIONS, SPEEDS, Blobs, Shapes, command, number, read_json, write_file,
-                       write_json)
+from synthetic import DIRECTIONS, FACTORS, Shapes, command, number, read_json, write_image, write_json
 
 HELD_OUT = 1_000_003  # seeds of the probes' clips: far from those of any training run
 WEIGHT_DECAY = 0.01
 BLOB_CLIPS = [160, 40]  # to train on, to test on, as in the study
-DRAWS = 5  # of the labelled clips, in k-shot
-EPISODES = 600
-QUERIES = 15  # test clips per class of an episode, or as many as there are
-FEWEST_CLIPS = 192  # of the moving shapes, to probe 8 classes with
-FACTORS = {"direction": DIRECTIONS, "speed": len(SPEEDS), "appearance": len(APPEARANCES)}  # with their classes
+LABELS, DRAWS = 5, 5  # labelled clips per class, and how often they are drawn
+EPISODES, QUERIES = 600, 15  # and test clips per class of an episode, or as many as there are
+FEWEST_CLIPS = 192  # of the moving shapes
 
 
 class Recipe(NamedTuple):
-    """How a head is trained."""
+    """How a head is trained: for so many epochs or, if given, steps of AdamW."""
     head: str  # attentive, linear or standardised
     pooled: bool  # on the mean of a clip's tokens, instead of all of them
     lr: float
     batch: int
-    epochs: int
+    epochs: int = 0
+    steps: int = 0
 
 
 BENCHMARKS = {  # the study's; which frames and which resizing: data.py
     "diving48": Recipe("attentive", False, 1e-3, 16, 100),
     "ssv2": Recipe("attentive", True, 1e-3, 16, 100),
     "imagenet100": Recipe("linear", True, 1e-3, 256, 50),
-    "ucf101": Recipe("attentive", False, 3e-4, 16, 100),  # its batch is not on record; this is Diving-48's
+    "ucf101": Recipe("attentive", False, 3e-4, 16, 100),
     "blobs": Recipe("attentive", False, 3e-4, 32, 100),
 }
-SHAPES = {
-    "linear": Recipe("standardised", True, 3e-3, 256, 40),  # why not the plain one: `LinearHead`
-    "attentive": Recipe("attentive", False, 1e-3, 64, 5),
-}
+FEW = Recipe("attentive", False, 1e-3, 32, steps=150)  # for few labels
+LINEAR = Recipe("standardised", True, 3e-3, 256, 40)  # for all labels; why not the plain one: `LinearHead`
 
 
 class Labelled(NamedTuple):
@@ -76,13 +75,22 @@ class Labelled(NamedTuple):
         """Features of some rows [b] -> float32 [b, N, D] on a device. Only these rows are ever in memory."""
         return torch.as_tensor(self.features[rows.numpy()]).to(device).float()
 
-    def pool(self, device="cpu"):
+    def pool(self):
         """The same clips with the mean of their tokens [n, 1, D], float32 in memory."""
-        batches = tqdm(torch.arange(len(self.labels)).split(64), desc="mean over tokens", leave=False, disable=None)
-        return Labelled(torch.cat([self.read(rows, device).mean(1, keepdim=True) for rows in batches]), self.labels)
+        rows = torch.arange(len(self.labels)).split(64)
+        return Labelled(torch.cat([self.read(each, "cpu").mean(1, keepdim=True) for each in rows]), self.labels)
 
 
 # -------------------------------------------------------------------------------------------------- frozen encoders
+
+
+class Frozen(NamedTuple):
+    """A frozen encoder under evaluation."""
+    encoder: Encoder
+    config: dict  # of its run, as far as there is one
+    masking: Masking  # of its run's objective
+    about: str
+    folder: Path  # where features and results go
 
 
 def load_checkpoint(path):
@@ -90,21 +98,13 @@ def load_checkpoint(path):
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no checkpoint at {path}; train.py writes one as last.pt in its run folder")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # tensors only: runs no code from the file
     except Exception:  # whatever the bytes of another file lead to
         raise ValueError(f"{path} is not a checkpoint, or was cut short; train.py writes one as last.pt in its run "
                          "folder") from None
     parts = {"config", "definition", "evaluated", "step", "optimizer", "encoder", "target", "predictor", "heads"}
     if not isinstance(checkpoint, dict) or not parts <= checkpoint.keys():
-        raise ValueError(f"{path} was not written by this version of train.py")
-    config, wanted = checkpoint["config"], {}
-    if config.get("model") in SIZES:
-        with torch.device("meta"):  # shapes without memory
-            wanted = Encoder(SIZES[config["model"]], config["patch"], config["tubelet"]).state_dict()
-    networks = checkpoint["encoder"], checkpoint["target"]
-    if any({name: x.shape for name, x in network.items()} != {name: x.shape for name, x in wanted.items()}
-           for network in networks):
-        raise ValueError(f"{path} holds an encoder of another version of model.py; train it again with this one")
+        raise ValueError(f"{path} was not written by this version of train.py; train it again")
     return checkpoint
 
 
@@ -114,48 +114,36 @@ def make_encoder(config, state=None):
     encoder = Encoder(SIZES[config["model"]], config["patch"], config["tubelet"])
     if state is not None:
         encoder.load_state_dict(state)
-    return encoder.eval()
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return encoder.eval().to(device)
 
 
-class Frozen(NamedTuple):
-    """A frozen encoder under evaluation."""
-    encoder: Encoder
-    config: dict  # of its run; the study's frames and crop for V-JEPA 2.1 weights
-    masking: Masking  # of its run's objective
-    about: str
-    folder: Path  # where features and results go
-
-    @property
-    def grid(self):
-        frames, crop, patch, tubelet = (self.config[name] for name in ("frames", "crop", "patch", "tubelet"))
-        return token_grid(frames, crop, crop, patch, tubelet)
-
-
-def open_frozen(flags):
-    """The encoder that the command line names. Raises ValueError or OSError where there is none."""
-    if flags.weights:
-        encoder, found = load_vjepa(flags.weights)
-        config, masking = {"seed": 0, "frames": 16, "crop": 224, **found}, Masking()
-        about = f"{config['model']} from '{config['weights']}' of {flags.weights}"
-    else:
-        checkpoint = load_checkpoint(flags.checkpoint)
-        config, masking = checkpoint["config"], Masking(**checkpoint["definition"]["masking"])
-        encoder = make_encoder(config, checkpoint[checkpoint["evaluated"]])
+def open_frozen(flags, untrained):
+    """The encoder that the command line names, or an untrained one. Raises ValueError or OSError where there is none."""
+    config = {"seed": flags.seed, "model": flags.untrained, "patch": 16, "tubelet": 2, "frames": 16, "crop": 224}
+    state, masking, folder = None, Masking(), f"runs/untrained-{flags.untrained}-seed{flags.seed}"
+    if flags.checkpoint:
+        checkpoint, folder = load_checkpoint(flags.checkpoint), Path(flags.checkpoint).parent
+        config, state = checkpoint["config"], checkpoint[checkpoint["evaluated"]]
+        masking = Masking(**checkpoint["definition"]["masking"])
         changed = f" without {config['ablate']}" * bool(config["ablate"]) + " as released" * config["as_released"]
         about = f"{config['objective']}{changed}, {checkpoint['evaluated']} encoder at step {checkpoint['step']}"
-    if flags.untrained:
-        encoder, about = make_encoder(config), f"untrained encoder of {flags.weights or flags.checkpoint}"
+    elif flags.weights:
+        encoder = load_vjepa(flags.weights)
+        size = next(name for name, size in SIZES.items() if size.width == encoder.video.shape[-1])
+        config |= {"model": size, "patch": encoder.patch, "tubelet": encoder.tubelet}
+        state, about = encoder.state_dict(), f"{size} of {flags.weights}"
+    if untrained:
+        state, about = None, f"untrained {config['model']} of seed {config['seed']}"
     config = {**config, "frames": flags.frames or config["frames"], "crop": flags.crop or config["crop"]}
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return Frozen(encoder.eval().to(device), config, masking, about, Path(flags.out or Path(flags.checkpoint).parent))
+    return Frozen(make_encoder(config, state), config, masking, about, Path(flags.out or folder))
 
 
 @torch.no_grad()
 def last_level(encoder, clips):
-    """uint8 clips [B, 3, T, H, W] -> tokens of the last level [B, N, D], float32."""
-    device, width = encoder.video.device, encoder.video.shape[-1]
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        return encoder(data.normalise(clips.to(device))).float()[..., -width:].clone()  # a view would keep all levels
+    """uint8 clips [B, 3, T, H, W] -> tokens of the last level [B, N, D], float32 without autocast, as in the study."""
+    width = encoder.video.shape[-1]
+    return encoder(data.normalise(clips.to(encoder.video.device)))[..., -width:].clone()  # a view would keep all levels
 
 
 # ----------------------------------------------------------------------------------------------------------- heads
@@ -187,7 +175,9 @@ class LinearHead(nn.Module):
 class AttentiveHead(nn.Module):
     """Class token and all tokens [n, N, D], one 8-head self-attention with residual, LayerNorm, linear.
 
-    Only the class token is read, so only its query is computed.
+    Only the class token is read, so it is the only query, the same for every clip. That makes attention cheap: a score
+    q . (W_k x) is (W_k^T q) . x, so no key is ever computed (the key bias adds the same to all scores and cancels in
+    the softmax), and the mean of values is the value of the mean. Parameters are those of nn.MultiheadAttention.
     """
 
     def __init__(self, width, classes):
@@ -198,23 +188,32 @@ class AttentiveHead(nn.Module):
         self.linear = nn.Linear(width, classes)
 
     def forward(self, tokens):
-        query = self.token.expand(len(tokens), -1, -1)  # (n, 1, D)
-        everything = torch.cat((query, tokens), dim=1)  # (n, 1 + N, D)
-        attended, _ = self.attention(query, everything, everything, need_weights=False)
-        return self.linear(self.norm(query + attended).squeeze(1))  # (n, classes)
+        token, heads = self.token[0, 0], self.attention.num_heads  # (D)
+        w_q, w_k, w_v = self.attention.in_proj_weight.unflatten(0, (3, heads, -1))  # (heads, D/heads, D) each
+        b_q, _, b_v = self.attention.in_proj_bias.unflatten(0, (3, heads, -1))  # (heads, D/heads) each
+        query = (w_q @ token + b_q) / math.sqrt(w_q.shape[1])  # (heads, D/heads)
+        direction = torch.einsum("hcd,hc->dh", w_k, query)  # (D, heads)
+        scores = torch.cat(((token @ direction).expand(len(tokens), 1, -1), tokens @ direction), dim=1)
+        weights = scores.softmax(1)  # (n, 1 + N, heads)
+        mean = weights[:, 1:].transpose(1, 2) @ tokens + weights[:, 0].unsqueeze(-1) * token  # (n, heads, D)
+        value = torch.einsum("hcd,nhd->nhc", w_v, mean) + b_v  # (n, heads, D/heads)
+        return self.linear(self.norm(token + self.attention.out_proj(value.flatten(1))))  # (n, classes)
 
 
 def train_head(head, train, recipe, seed, device, progress=""):
-    """AdamW on shuffled epochs over the labelled clips of `train`; returns the head."""
+    """AdamW on the labelled clips of `train`, by shuffled epochs, or by steps from one shuffled pass after the other."""
     optimizer = torch.optim.AdamW(head.parameters(), lr=recipe.lr, weight_decay=WEIGHT_DECAY)
-    shuffle = torch.Generator().manual_seed(seed)
-    labelled = (train.labels >= 0).nonzero().squeeze(1)
-    for _ in tqdm(range(recipe.epochs), desc=progress, unit="epoch", leave=False, disable=None if progress else True):
-        for picked in labelled[torch.randperm(len(labelled), generator=shuffle)].split(recipe.batch):
-            loss = F.cross_entropy(head(train.read(picked, device)), train.labels[picked].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    shuffle, labelled = torch.Generator().manual_seed(seed), (train.labels >= 0).nonzero().squeeze(1)
+    epochs = recipe.epochs or math.ceil(recipe.steps * recipe.batch / len(labelled))
+    passes = [labelled[torch.randperm(len(labelled), generator=shuffle)] for _ in range(epochs)]
+    if recipe.steps:
+        passes = [torch.cat(passes)[:recipe.steps * recipe.batch]]
+    batches = [rows for each in passes for rows in each.split(recipe.batch)]
+    for rows in tqdm(batches, desc=progress, unit="step", leave=False, disable=None if progress else True):
+        loss = F.cross_entropy(head(train.read(rows, device)), train.labels[rows].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     return head
 
 
@@ -227,59 +226,85 @@ def top1(head, test, device):
     return 100 * (scores.argmax(-1).cpu() == test.labels).double().mean().item()
 
 
-def accuracy(recipe, train, test, seed, device, progress=""):
-    """Train a head on the clips `train`; its top-1 % on the clips `test`. The seed: of its weights and shuffling."""
-    torch.manual_seed(seed)
-    width, classes = train.features.shape[-1], int(max(train.labels.max(), test.labels.max())) + 1
-    head = (AttentiveHead if recipe.head == "attentive" else LinearHead)(width, classes)
-    if recipe.head == "standardised":
-        head.standardise(train.features)
-    return top1(train_head(head.to(device), train, recipe, seed, device, progress), test, device)
+def draw_shots(labels, shots, seed):
+    """Labels [n] with all but `shots` of each class hidden (-1); all stay where a class has no more.
+
+    Depends on labels and seed alone, so that every encoder meets the same clips; what few shots show, more show too.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    shown = torch.full_like(labels, -1)
+    for label in labels.unique():
+        shown[order[labels[order] == label][:shots]] = label
+    return shown
+
+
+def accuracies(recipe, train, test, seeds, device, shots=0, progress=""):
+    """Top-1 % on all of `test` of a head per seed, a list. A seed draws the head's weights, the order of clips and, of
+    each class, the `shots` labelled clips to learn from (0: all)."""
+    found, width = [], train.features.shape[-1]
+    classes = int(max(train.labels.max(), test.labels.max())) + 1
+    for seed in seeds:
+        torch.manual_seed(seed)
+        head = (AttentiveHead if recipe.head == "attentive" else LinearHead)(width, classes)
+        if recipe.head == "standardised":
+            head.standardise(train.features)
+        shown = train._replace(labels=draw_shots(train.labels, shots, seed)) if shots else train
+        found.append(top1(train_head(head.to(device), shown, recipe, seed, device, progress), test, device))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------- moving shapes
 
+MEASURED = {"few": ("direction", "motion", "appearance"), "linear": ("direction", "speed", "appearance")}
 
-def probe_shapes(encoder, frames, crop, count, seed=0, attentive=True, about="the encoder"):
-    """What held-out moving shapes tell of an encoder: {measurement: {factor: top-1 %}}.
 
-    "linear" and "attentive" heads on the last level, "1-shot" and "5-shot" episodes of 5 classes on the mean over its
-    tokens. Heads learn from `count` clips and are tested on a third as many others. Attentive heads keep all tokens in
-    memory, and can be left out.
+def shape_features(encoder, frames, crop, count, seed, about, keep=None):
+    """Held-out moving shapes as an encoder sees them: tokens, float16 [count, N, D], and their means, [count, 1, D].
+
+    keep: bool [count], the clips whose tokens are wanted, None for all. At the paper's size tokens take most of the
+    memory; rows that are never written take none.
     """
-    sets, device, found = [], encoder.video.device, {}
-    for clips, clip_seed in ((count, HELD_OUT), (max(1, count // 3), HELD_OUT + 1)):
-        source = Shapes(frames, crop, clip_seed, device)
-        batches = tqdm(torch.arange(clips).split(64), desc=f"features of {about}", leave=False, disable=None)
-        tokens = [last_level(encoder, source.clips(items)) for items in batches]
-        pooled = torch.cat([batch.mean(1, keepdim=True) for batch in tokens])
-        factors = {name: labels.cpu() for name, labels in source.factors(torch.arange(clips)).items()}
-        sets.append((torch.cat(tokens) if attentive else None, pooled, factors))
+    source, means, tokens = Shapes(frames, crop, seed, encoder.video.device), [], None
+    for items in tqdm(torch.arange(count).split(64), desc=f"features of {about}", leave=False, disable=None):
+        features = last_level(encoder, source.clips(items))  # (64, N, D)
+        tokens = torch.empty(count, *features.shape[1:], dtype=torch.float16) if tokens is None else tokens
+        rows = items if keep is None else items[keep[items]]
+        tokens[rows] = features[rows - items[0]].half().cpu()
+        means.append(features.mean(1, keepdim=True))
+    return tokens, torch.cat(means)
 
-    def labelled(factor, pooled):
-        return [Labelled(set_pooled if pooled else tokens, factors[factor]) for tokens, set_pooled, factors in sets]
-    for name, recipe in SHAPES.items():
-        if attentive or recipe.pooled:
-            found[name] = {factor: accuracy(recipe, *labelled(factor, recipe.pooled), seed, device,
-                                            f"{about}: {name} head, {factor}") for factor in FACTORS}
-    for shot in (1, 5):
-        found[f"{shot}-shot"] = {
-            factor: episode_accuracies(*labelled(factor, True), 5, shot, EPISODES, seed).mean().item()
-            for factor in ("direction", "appearance")}
+
+def probe_shapes(encoder, frames, crop, count, seed=0, about="the encoder"):
+    """What held-out moving shapes tell of an encoder: {"few": {factor: [top-1 % of each draw]}, "linear": {factor: %}}.
+
+    "few": an attentive head on all tokens, from 5 labelled clips per class. "linear": a linear head on their mean, from
+    all `count` clips. Both are tested on a third as many others.
+    """
+    counts, device, draws = (count, max(1, count // 3)), encoder.video.device, range(seed, seed + DRAWS)
+    labels = [Shapes(frames, crop, HELD_OUT + i).factors(range(n)) for i, n in enumerate(counts)]
+    drawn = sum(draw_shots(labels[0][factor], LABELS, draw) >= 0 for factor in MEASURED["few"] for draw in draws) > 0
+    sets = [shape_features(encoder, frames, crop, n, HELD_OUT + i, about, keep)
+            for i, (n, keep) in enumerate(zip(counts, (drawn, None)))]
+    found = {"few": {}, "linear": {}}
+    for factor in FACTORS:
+        few, linear = ([Labelled(features[kind], each[factor]) for features, each in zip(sets, labels)] for kind in (0, 1))
+        if factor in MEASURED["few"]:
+            found["few"][factor] = accuracies(FEW, *few, draws, device, LABELS, f"{about}, {LABELS} labels: {factor}")
+        if factor in MEASURED["linear"]:
+            found["linear"][factor], = accuracies(LINEAR, *linear, [seed], device, progress=f"{about}, linear: {factor}")
     return found
 
 
-def show_shapes(rows, count, kinds=("linear", "attentive")):
-    """Print results, {name of an encoder: `probe_shapes`}, as one table: a row per encoder and measurement."""
-    print(f"\nTop-1 % on held-out moving shapes, generated: heads learn from {count:,} labelled clips and are tested on "
-          f"{max(1, count // 3):,} others; one seed")
-    print(f"{'':<32}" + "".join(f"{factor:>12}" for factor in FACTORS))
-    for encoder, found in rows.items():
-        for kind in (kind for kind in found if kind in kinds):
-            print(f"{f'{encoder}, {kind}':<32}" + "".join(
-                f"{found[kind][factor]:12.1f}" if factor in found[kind] else f"{'-':>12}" for factor in FACTORS))
-    print(f"{'chance' + ' (5-way shots: 20)' * ('1-shot' in kinds):<32}" + "".join(
-        f"{100 / classes:12.1f}" for classes in FACTORS.values()))
+def show_shapes(rows, count):
+    """Print results, {name of an encoder: `probe_shapes`}, as one table."""
+    print(f"\nTop-1 % on {max(1, count // 3):,} held-out moving shapes (generated), one training seed; ± over {DRAWS} draws")
+    print(f"{'':<12}{f'{LABELS} labels per class, attentive head':<42}all {count:,} labels, linear head")
+    columns = [factor for kind in MEASURED for factor in MEASURED[kind]]
+    cells = {"": columns, **{name: [f"{np.mean(values):5.1f} ± {np.std(values, ddof=1):.1f}" for values in
+                                    found["few"].values()] + [f"{value:5.1f}" for value in found["linear"].values()]
+                             for name, found in rows.items()}, "chance": [f"{100 / FACTORS[name]:5.1f}" for name in columns]}
+    for name, row in cells.items():
+        print(f"{name:<12}" + "".join(f"{cell:<14}" for cell in row))
 
 
 # ----------------------------------------------------------------------------------------------- features in a file
@@ -299,27 +324,16 @@ def open_sources(flags, frames, crop):
                 raise ValueError(f"{path} gives no labels; a line of it should be `path label`")
             if max(source.labels) >= MOST_CLASSES:
                 raise ValueError(f"{path} has the label {max(source.labels)}; labels number the classes from 0")
+        unseen = sorted(set(sources[1].labels) - set(sources[0].labels))
+        if unseen:
+            print(f"{lists[0]} has no clip of class {', '.join(map(str, unseen))}, which {lists[1]} tests")
         return "-".join(["own", lists[1].parent.name, *dict.fromkeys(path.stem for path in lists)]), *sources
     if flags.benchmark in (None, "blobs"):
-        if frames > Blobs.FRAMES:
-            raise ValueError(f"blobs have {Blobs.FRAMES} frames, {frames} are too many; choose fewer --frames")
-        return "blobs", *[data.BlobVideos(HELD_OUT + i, frames, crop, count=count)
-                          for i, count in enumerate(flags.blob_clips)]
+        (train, test), first = flags.blob_clips, 42 if flags.blob_clips == BLOB_CLIPS else data.CLEAN_BLOBS
+        return "blobs", *[data.BlobVideos(8, 160, items=items, first=first, directions=True)
+                          for items in (range(train), range(train, train + test))]
     return flags.benchmark, *[data.open_dataset(flags.benchmark, flags.root, split, frames, crop)
                               for split in ("train", "test")]
-
-
-class Reader(Dataset):
-    """Each clip of a source as evaluation sees it, or the sentence that says why it cannot be read."""
-
-    def __init__(self, source):
-        self.source = source
-
-    def __getitem__(self, item):
-        try:
-            return self.source.evaluation_clip(item)
-        except data.Unreadable as error:
-            return str(error)
 
 
 def fingerprint(*parts):
@@ -330,19 +344,10 @@ def fingerprint(*parts):
     return digest.hexdigest()
 
 
-def encoder_fingerprint(encoder):
-    """Of every weight with its name and shape, and of the number of heads, which no weight tells."""
+def weights_of(encoder):
+    """Every weight with its name and shape, and the number of heads, which no weight tells: parts of a fingerprint."""
     weights = [part for name, weight in encoder.state_dict().items() for part in (name, list(weight.shape), weight)]
-    return fingerprint(encoder.blocks[0].attn.heads, *weights)
-
-
-def features_identity(frozen, source, shape):
-    """What features depend on: weights, paths, sizes in bytes and labels of clips, and the code that reads them."""
-    paths = [str(source.where(item)[1]) for item in range(len(source))]
-    sizes = [os.path.getsize(path) if os.path.exists(path) else None for path in paths]
-    code = [Path(__file__).with_name(name).read_text() for name in ("model.py", "data.py", "synthetic.py")]
-    return fingerprint(encoder_fingerprint(frozen.encoder), paths, sizes, source.labels, code, frozen.config["frames"],
-                       frozen.config["crop"], shape)
+    return [encoder.blocks[0].attn.heads, *weights]
 
 
 def open_features(path, shape, identity):
@@ -361,11 +366,6 @@ def open_features(path, shape, identity):
     note.unlink(missing_ok=True)
     path.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    size, free = 2 * math.prod(shape), shutil.disk_usage(path.parent).free
-    if size > free:
-        # Asked beforehand, since a full disk kills whoever writes to mapped memory.
-        raise ValueError(f"the features of {shape[0]:,} clips take {size / 1e9:.1f} GB, but {path.parent} has only "
-                         f"{free / 1e9:.1f} GB free")
     features = np.lib.format.open_memmap(path, "w+", np.float16, shape)
     begun = {"identity": identity, "done": 0, "unreadable": []}
     write_json(note, begun)  # a second probe of the same clips then fills the same file, instead of taking it away
@@ -381,12 +381,16 @@ def extract(frozen, source, name, pooled, workers):
     Stopped or not, a clip meets the encoder in the same batch, so its features are the same to the bit.
     Raises ValueError where no clip can be read, or a feature is not finite.
     """
-    path = frozen.folder / f"features-{name}.npy"
-    shape = (len(source), 1 if pooled else math.prod(frozen.grid), frozen.encoder.video.shape[-1])
-    features, note = open_features(path, shape, features_identity(frozen, source, shape))
+    encoder, path = frozen.encoder, frozen.folder / f"features-{name}.npy"
+    tokens = math.prod(token_grid(source.frames, source.crop, source.crop, encoder.patch, encoder.tubelet))
+    shape = (len(source), 1 if pooled else tokens, encoder.video.shape[-1])
+    files = [os.path.getsize(path) if os.path.exists(path) else None for path in source.paths]
+    code = [Path(__file__).with_name(each).read_text() for each in ("model.py", "data.py", "synthetic.py")]
+    features, note = open_features(path, shape, fingerprint(
+        *weights_of(encoder), source.paths, files, source.labels, code, source.frames, source.crop, shape))
     unreadable = note["unreadable"]  # [item, sentence] each
-    batches = DataLoader(Reader(source), BATCH, sampler=range(note["done"], len(source)), num_workers=workers,
-                         collate_fn=list)
+    batches = DataLoader(range(len(source)), BATCH, sampler=range(note["done"], len(source)), num_workers=workers,
+                         collate_fn=functools.partial(data.read_all, source=source))
     with tqdm(total=len(source), initial=note["done"], desc=f"features of {name}", unit="clip", disable=None) as bar:
         for count, clips in enumerate(batches, start=1):
             row = note["done"] - len(unreadable)
@@ -395,11 +399,11 @@ def extract(frozen, source, name, pooled, workers):
             bar.update(len(clips))
             clips = [clip for clip in clips if torch.is_tensor(clip)]
             if clips:
-                tokens = last_level(frozen.encoder, torch.stack(clips))  # (b, N, D)
-                tokens = (tokens.mean(1, keepdim=True) if pooled else tokens).half()
-                if not tokens.isfinite().all():
+                found = last_level(encoder, torch.stack(clips))  # (b, N, D)
+                found = (found.mean(1, keepdim=True) if pooled else found).half()
+                if not found.isfinite().all():
                     raise ValueError(f"features of {name} are not finite in float16; did the training run diverge?")
-                features[row:row + len(clips)] = tokens.cpu().numpy()
+                features[row:row + len(clips)] = found.cpu().numpy()
             if count % SAVE_EVERY == 0 or note["done"] == len(source):
                 features.flush()
                 write_json(path.with_suffix(".json"), note)
@@ -413,50 +417,7 @@ def extract(frozen, source, name, pooled, workers):
     return Labelled(features[:len(labels)], torch.tensor(labels)), note
 
 
-# -------------------------------------------------------------------------------------------- few labels, and results
-
-
-def measurement(values, train, test, **how):
-    """One entry of a result: its values in %, their mean and deviation, and how they came about.
-
-    `how` ends with a hash of all labels. What is drawn depends on labels and seeds alone, so two entries with the same
-    `how` used the same draws and can be compared in pairs.
-    """
-    values = torch.as_tensor(values, dtype=torch.float64)
-    return {"how": {**how, "labels": fingerprint(train.labels, test.labels)}, "values": values.tolist(),
-            "mean": values.mean().item(), "deviation": values.std().item() if len(values) > 1 else None}
-
-
-def draw_shots(labels, shots, seed):
-    """Labels [n] with all but `shots` of each class hidden (-1); all stay where a class has no more.
-
-    For one seed, what few shots show, more shots show too.
-    """
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    shown = torch.full_like(labels, -1)
-    for label in labels.unique():
-        shown[order[labels[order] == label][:shots]] = label
-    return shown
-
-
-def few_shot(recipe, train, test, pooled, shots, seed, device):
-    """Top-1 on the whole test set from few labels per class, of the recipe's head and a linear one.
-
-    pooled: (train, test) once more, with pooled features. Returns {name: measurement}. The linear head is the
-    standardised one: with so few clips, the plain one would mostly measure scale.
-    """
-    measurements = {}
-    for each in (recipe, Recipe("standardised", True, 1e-3, recipe.batch, recipe.epochs)):
-        known, unknown = pooled if each.pooled else (train, test)
-        for k in shots:
-            name, values = f"{k}-shot, {each.head} head", []
-            for draw in range(seed, seed + DRAWS):
-                few = Labelled(known.features, draw_shots(train.labels, k, draw))
-                values.append(accuracy(each, few, unknown, draw, device, f"{name}, draw {len(values) + 1} of {DRAWS}"))
-            measurements[name] = measurement(
-                values, train, test, **each._asdict(), weight_decay=WEIGHT_DECAY, shots=k, draws=DRAWS, seed=seed,
-                labelled=int((few.labels >= 0).sum()))  # the same number in every draw
-    return measurements
+# ---------------------------------------------------------------------------------------------------------- results
 
 
 def draw_episodes(train_labels, test_labels, way, shot, episodes, seed):
@@ -480,46 +441,40 @@ def draw_episodes(train_labels, test_labels, way, shot, episodes, seed):
 
 
 def episode_accuracies(train, test, way, shot, episodes, seed):
-    """Nearest class mean of l2-normalised pooled features, top-1 % of each episode: [episodes].
-
-    `train` and `test` are pooled: the labelled clips of an episode come from one, those to classify from the other.
-    """
-    known, unknown = (F.normalize(clips.features.squeeze(1).cpu(), dim=-1) for clips in (train, test))  # (n, D)
-    accuracies = []
+    """Nearest class mean of l2-normalised pooled features, top-1 % of each episode: a list."""
+    known, unknown = (F.normalize(clips.features.squeeze(1), dim=-1) for clips in (train, test))  # (n, D)
+    found = []
     for support, query in draw_episodes(train.labels, test.labels, way, shot, episodes, seed):
         means = known[support].mean(1)  # (way, D)
         nearest = (unknown[query].unsqueeze(1) - means).square().sum(-1).argmin(1)  # (q)
         right = train.labels[support[:, 0]][nearest] == test.labels[query]
-        accuracies.append(100 * right.double().mean())
-    return torch.stack(accuracies)
+        found.append(100 * right.double().mean().item())
+    return found
 
 
-def measure(frozen, name, train_source, test_source, recipe, flags):
-    """Extract features of both sources and train what the command line asks for: (measurements, notes of both)."""
-    device, seed = frozen.encoder.video.device, flags.seed
-    if flags.episodes:  # refuses, before hours of extraction, what cannot be drawn
-        draw_episodes(torch.tensor(train_source.labels), torch.tensor(test_source.labels), flags.way, 5, 0, seed)
-    train, train_note = extract(frozen, train_source, f"{name}-train", recipe.pooled, flags.workers)
-    test, test_note = extract(frozen, test_source, f"{name}-test", recipe.pooled, flags.workers)
-    measurements = {}
-    if flags.shots or flags.episodes:
-        pooled = train.pool(), test.pool()
+def measure(recipe, train, test, flags, device):
+    """What the command line asks for: {measurement: {"values": [%], "how": {...}}}.
+
+    "how" ends with a hash of all labels: what is drawn depends on labels and seeds alone, so measurements with equal
+    "how" used the same draws and can be compared in pairs.
+    """
+    found, labels = {}, fingerprint(train.labels, test.labels)
+    pooled = (train.pool(), test.pool()) if flags.shots or flags.episodes else None
     if flags.episodes:
         for shot in (1, 5):
-            values = episode_accuracies(*pooled, flags.way, shot, flags.episodes, seed)
-            measurements[f"{flags.way}-way {shot}-shot episodes"] = measurement(
-                values, train, test, way=flags.way, shot=shot, episodes=flags.episodes, queries=QUERIES, seed=seed)
-    if flags.shots:
-        measurements |= few_shot(recipe, train, test, pooled, flags.shots, seed, device)
-    if not measurements:
-        seeds = list(range(seed, seed + flags.seeds))
-        values = [accuracy(recipe, train, test, each, device, f"{recipe.head} head, seed {each}") for each in seeds]
-        measurements[f"all labels, {recipe.head} head"] = measurement(
-            values, train, test, **recipe._asdict(), weight_decay=WEIGHT_DECAY, seeds=seeds)
-    classes = len({*train.labels.tolist(), *test.labels.tolist()})
-    print(f"{name}: {len(train.labels):,} clips to learn from, {len(test.labels):,} to be tested on, {classes} classes, "
-          f"chance {100 / (flags.way if flags.episodes else classes):.1f}")
-    return measurements, train_note, test_note
+            how = dict(way=flags.way, shot=shot, episodes=flags.episodes, seed=flags.seed)
+            found[f"{flags.way}-way {shot}-shot episodes"] = episode_accuracies(*pooled, **how), how
+    attentive = recipe if recipe.head == "attentive" else BENCHMARKS["diving48"]
+    jobs = [(recipe, 0)] if not pooled else []
+    for k in flags.shots or []:  # both heads; 0: all labels
+        jobs += [(FEW, k), (FEW._replace(head="standardised", pooled=True), k)] if k else [(attentive, 0), (LINEAR, 0)]
+    for each, k in jobs:
+        each = each._replace(epochs=each.epochs and (flags.probe_epochs or each.epochs))
+        name, seeds = f"{k or 'all'} labels, {each.head} head", range(flags.seed, flags.seed + (DRAWS if k else flags.seeds))
+        clips = pooled if pooled and each.pooled else (train, test)
+        found[name] = accuracies(each, *clips, seeds, device, k, name), dict(**each._asdict(), labels_per_class=k,
+                                                                             seeds=list(seeds))
+    return {name: {"values": values, "how": {**how, "labels": labels}} for name, (values, how) in found.items()}
 
 
 def evaluate(frozen, name, train_source, test_source, flags):
@@ -528,45 +483,50 @@ def evaluate(frozen, name, train_source, test_source, flags):
     Other measurements that this file holds of the same encoder and clips stay in it.
     """
     recipe = BENCHMARKS.get(name, BENCHMARKS["diving48"])
-    recipe = recipe._replace(epochs=flags.probe_epochs or recipe.epochs)
-    frames, crop = frozen.config["frames"], frozen.config["crop"]
     # Other clips than usual, or the untrained encoder, have files of their own.
     name += "-{}-{}".format(*flags.blob_clips) * (name == "blobs" and flags.blob_clips != BLOB_CLIPS)
-    name += f"-{frames}x{crop}" * bool(flags.frames or flags.crop) + "-untrained" * flags.untrained
-    measurements, *notes = measure(frozen, name, train_source, test_source, recipe, flags)
+    name += f"-{train_source.frames}x{train_source.crop}" * bool(flags.frames or flags.crop)
+    name += "-untrained" * frozen.about.startswith("untrained")
+    if flags.episodes:  # refuses, before hours of extraction, what cannot be drawn
+        draw_episodes(*(torch.tensor(source.labels) for source in (train_source, test_source)), flags.way, 5, 0, 0)
+    sets = {split: extract(frozen, source, f"{name}-{split}", recipe.pooled, flags.workers)
+            for split, source in (("train", train_source), ("test", test_source))}
+    (train, train_note), (test, test_note) = sets.values()
+    measurements = measure(recipe, train, test, flags, frozen.encoder.video.device)
+    classes = len({*train.labels.tolist(), *test.labels.tolist()})
+    print(f"{frozen.about}, {name}: {len(train.labels):,} clips to learn from, {len(test.labels):,} to be tested on, "
+          f"{classes} classes, chance {100 / (flags.way if flags.episodes else classes):.1f}")
     for label, found in measurements.items():
-        over = next((word for word in ("draws", "episodes") if word in found["how"]), "seeds of the head")
-        spread = f" ± {found['deviation']:.2f} over {len(found['values'])} {over}" if found["deviation"] else ""
-        print(f"{label:<36} top-1 {found['mean']:6.2f}{spread}", flush=True)
-    path, identity = frozen.folder / f"results-{name}.json", [note["identity"] for note in notes]
+        values = found["values"]
+        spread = f" ± {np.std(values, ddof=1):.2f} over {len(values)}" if len(values) > 1 else ""
+        print(f"    {label:<36} top-1 {np.mean(values):6.2f}{spread}", flush=True)
+    path, identity = frozen.folder / f"results-{name}.json", [train_note["identity"], test_note["identity"]]
     before = read_json(path)
-    if before.get("identity") == identity:
-        measurements = before["measurements"] | measurements
-    splits = {split: {"clips": note["done"] - len(note["unreadable"]),
-                      "unreadable": [sentence for _, sentence in note["unreadable"]]}
-              for split, note in zip(("train", "test"), notes)}
+    measurements = (before["measurements"] if before.get("identity") == identity else {}) | measurements
     write_json(path, {
         "benchmark": name, "encoder": frozen.about, "checkpoint": flags.weights or flags.checkpoint,
-        "sha256": encoder_fingerprint(frozen.encoder), "frames": frames, "crop": crop, **splits, "identity": identity,
-        "measurements": measurements})
+        "sha256": fingerprint(*weights_of(frozen.encoder)), "frames": train_source.frames, "crop": train_source.crop,
+        **{split: {"clips": len(clips.labels), "unreadable": [sentence for _, sentence in note["unreadable"]]}
+           for split, (clips, note) in sets.items()}, "identity": identity, "measurements": measurements})
     print(f"written to {path}")
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
 
 MASKED_COLOUR = (1.0, 0.45, 0.0)
+COLOURS = ("#d62728", "#ff7f0e", "#bcbd22", "#2ca02c", "#17becf", "#1f77b4", "#9467bd", "#e377c2", "#7f7f7f", "#8c564b")
 
 
-def cells_to_pixels(cells, patch):
-    """[..., h, w] -> [..., h * patch, w * patch]."""
-    return cells.repeat_interleave(patch, -2).repeat_interleave(patch, -1)
+def enlarge(cells, times):
+    """[..., h, w] -> [..., h * times, w * times]."""
+    return cells.repeat_interleave(times, -2).repeat_interleave(times, -1)
 
 
 def tint_masked(frames, visible, grid, patch):
     """Frames [t, 3, H, W] in 0..1 with every token tinted that is not among the visible ones [n]."""
     masked = torch.ones(math.prod(grid), dtype=torch.bool)
     masked[visible] = False
-    masked = cells_to_pixels(masked.view(grid), patch).unsqueeze(1)  # (t, 1, H, W)
+    masked = enlarge(masked.view(grid), patch).unsqueeze(1)  # (t, 1, H, W)
     return torch.where(masked, 0.25 * frames + 0.75 * torch.tensor(MASKED_COLOUR).view(3, 1, 1), frames)
 
 
@@ -578,8 +538,7 @@ def principal_colours(tokens):
     """
     flat = tokens.flatten(0, 1).cpu().double()
     flat = flat - flat.mean(0)
-    _, basis = torch.linalg.eigh(flat.T @ flat)  # eigenvalues in ascending order
-    basis = basis[:, -3:].flip(-1)  # (D, 3)
+    basis = torch.linalg.eigh(flat.T @ flat).eigenvectors[:, -3:].flip(-1)  # (D, 3), strongest first
     basis = basis * basis.take_along_dim(basis.abs().argmax(0, keepdim=True), 0).sign()
     scores = flat @ basis  # (B * N, 3)
     low, high = scores.quantile(0.01, dim=0), scores.quantile(0.99, dim=0)
@@ -588,47 +547,99 @@ def principal_colours(tokens):
 
 def save_rows(rows, path):
     """A list of rows [t, 3, H, W] -> a PNG with a row's pictures side by side, small ones enlarged to about 128."""
-    images, buffer = torch.cat(rows), io.BytesIO()
-    images = cells_to_pixels(images, max(1, 128 // images.shape[-1]))
-    save_image(images, buffer, nrow=len(rows[0]), pad_value=1, format="png")
-    write_file(path, buffer.getvalue())
-    print(f"written to {path}")
+    images = torch.cat(rows)
+    images = enlarge(images, max(1, 128 // images.shape[-1]))
+    grid = make_grid(images, nrow=len(rows[0]), pad_value=1)
+    write_image(path, Image.fromarray((255 * grid).round().byte().permute(1, 2, 0).numpy()))
 
 
-def pictures(frozen, clips):
+def clip_pictures(frozen, untrained, clips):
     """Write masks.png and features.png of uint8 clips [B, 3, T, H, W], a picture for each time step of the grid.
 
-    Both have three rows for each clip. masks.png: its frames, and what each of the two masks hides of them.
-    features.png: its frames, the main components of its features, and those of the untrained encoder's.
+    Both have three rows for each clip. masks.png: its frames, and what each of the two masks hides of them, as a batch
+    of these clips is cut. features.png: its frames, the main components of its features, and the untrained encoder's.
     """
-    grid, patch = frozen.grid, frozen.config["patch"]
-    frames = clips[:, :, ::frozen.config["tubelet"]].transpose(1, 2) / 255  # (B, t, 3, H, W)
-    motion = motion_map(data.normalise(clips), grid) if frozen.masking.motion_strength else [None] * len(clips)
-    mask_rows, feature_rows = [], []
-    for i in range(len(clips)):  # one by one, since the masks of a batch are cut to the smallest
-        masks = sample_masks(1, grid, frozen.masking, torch.Generator().manual_seed(i), motion[i:i + 1])
-        mask_rows += [frames[i]] + [tint_masked(frames[i], visible[0], grid, patch) for visible, _ in masks]
-    encoders = frozen.encoder, make_encoder(frozen.config).to(frozen.encoder.video.device)
-    tokens = [torch.cat([last_level(encoder, clip.unsqueeze(0)) for clip in clips]) for encoder in encoders]
-    colours = [cells_to_pixels(principal_colours(each).unflatten(1, grid).movedim(-1, 2), patch) for each in tokens]
-    for rows in zip(frames, *colours):
-        feature_rows += rows  # (t, 3, H, W) each
-    frozen.folder.mkdir(parents=True, exist_ok=True)
-    save_rows(mask_rows, frozen.folder / "masks.png")
-    save_rows(feature_rows, frozen.folder / "features.png")
+    patch, tubelet = frozen.encoder.patch, frozen.encoder.tubelet
+    grid = token_grid(*clips.shape[2:], patch, tubelet)
+    frames = clips[:, :, ::tubelet].transpose(1, 2) / 255  # (B, t, 3, H, W)
+    motion = motion_map(data.normalise(clips), grid) if frozen.masking.motion_strength else None
+    masks = sample_masks(len(clips), grid, frozen.masking, torch.Generator().manual_seed(0), motion)
+    tinted = [[tint_masked(*each, grid, patch) for each in zip(frames, visible)] for visible, _ in masks]
+    tokens = [torch.cat([last_level(each.encoder, clip.unsqueeze(0)) for clip in clips]) for each in (frozen, untrained)]
+    colours = [enlarge(principal_colours(each).unflatten(1, grid).movedim(-1, 2), patch) for each in tokens]
+    for name, rows in (("masks", zip(frames, *tinted)), ("features", zip(frames, *colours))):
+        save_rows([row for rows_of_clip in rows for row in rows_of_clip], frozen.folder / f"{name}.png")
+
+
+def discriminant_axes(features, labels):
+    """The two axes [D, 2] along which classes lie furthest apart, in units of the spread within classes (Fisher)."""
+    x = features.double() - features.double().mean(0)  # (n, D)
+    means = torch.stack([x[labels == label].mean(0) for label in labels.unique()])  # (classes, D)
+    within = (x - means[labels]).T @ (x - means[labels]) / len(x)
+    within += 1e-3 * within.diagonal().mean() * torch.eye(len(within), dtype=within.dtype)
+    root = torch.linalg.inv(torch.linalg.cholesky(within))
+    return root.T @ torch.linalg.eigh(root @ (means.T @ means) @ root.T).eigenvectors[:, -2:].flip(-1)
+
+
+def plot(panels, path, connected=False):
+    """Write panels side by side, {title: {name: (x, y)}}: points or connected lines, each panel in its own scale."""
+    side, edge = 400, 60
+    image = Image.new("RGB", (len(panels) * (side + 3 * edge), side + 2 * edge), "white")
+    draw = ImageDraw.Draw(image)
+    for i, (title, series) in enumerate(panels.items()):
+        left = edge + i * (side + 3 * edge)
+        low, high = ([bound(map(bound, values)) for values in zip(*series.values())] for bound in (min, max))
+        draw.rectangle((left, edge, left + side, edge + side), outline="black")
+        draw.text((left, edge - 24), title, "black")
+        for share in (0, 1):
+            for axis, at in enumerate(((left + share * (side - 30), edge + side + 6),
+                                       (left - 46, edge + (1 - share) * (side - 10)))):
+                draw.text(at, f"{low[axis] + share * (high[axis] - low[axis]):.3g}", "black")
+        for number_of, (name, values) in enumerate(series.items()):
+            colour = COLOURS[number_of % len(COLOURS)]
+            x, y = ([(value - a) / max(b - a, 1e-9) for value in each] for each, a, b in zip(values, low, high))
+            points = [(left + side * a, edge + side * (1 - b)) for a, b in zip(x, y)]
+            draw.text((left + side + 8, edge + 16 * number_of), name, colour)
+            if connected:
+                draw.line(points, colour, 2)
+            for a, b in [] if connected else points:
+                draw.ellipse((a - 2, b - 2, a + 2, b + 2), colour)
+    write_image(path, image)
+
+
+def motion_picture(frozen, untrained, count):
+    """Write motion.png: held-out moving shapes on the two discriminant axes of direction, coloured by direction.
+
+    Axes are fitted on the clips that a linear head learns from; the points are the clips that it is tested on.
+    """
+    frames, crop, panels = frozen.config["frames"], frozen.config["crop"], {}
+    labels = [Shapes(frames, crop, HELD_OUT + i).factors(range(n))["direction"] for i, n in enumerate((count, count // 3))]
+    for each in (untrained, frozen):
+        train, test = (shape_features(each.encoder, frames, crop, len(some), HELD_OUT + i, each.about)[1]
+                       .squeeze(1).double().cpu() for i, some in enumerate(labels))
+        points = (test - train.mean(0)) @ discriminant_axes(train - train.mean(0), labels[0])  # (count / 3, 2)
+        panels[each.about] = {name: points[labels[1] == i].T.tolist() for i, name in enumerate(DIRECTIONS)}
+    plot(panels, frozen.folder / "motion.png")
+
+
+def curves(frozen):
+    """Write curves.png: every loss of metrics.csv over steps, and feature_std."""
+    lines = list(csv.DictReader((frozen.folder / "metrics.csv").open()))
+    columns = {name: [float(line[name]) for line in lines] for name in lines[0] if name != "ema"}
+    losses = list(columns)[1:list(columns).index("total") + 1]
+    plot({"losses over steps": {name: (columns["step"], columns[name]) for name in losses},
+          "feature_std over steps": {"feature_std": (columns["step"], columns["feature_std"])}},
+         frozen.folder / "curves.png", connected=True)
 
 
 def some_clips(source, count=4):
     """A few clips of a source that can be read, the same ones every time: uint8 [count, 3, T, H, W]."""
-    clips = []
-    for item in torch.randperm(len(source), generator=torch.Generator().manual_seed(0)).tolist():
-        clip = Reader(source)[item]
-        clips += [clip] if torch.is_tensor(clip) else []
-        if len(clips) == count:
-            break
-    if not clips:
-        raise ValueError(f"none of the {len(source)} clips can be read; the last is {clip}")
-    return torch.stack(clips)
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0)).tolist()
+    clips = (clip for item in order for clip in data.read_all([item], source) if torch.is_tensor(clip))
+    chosen = list(itertools.islice(clips, count))
+    if not chosen:
+        raise ValueError(f"none of the {len(source)} clips can be read; one is {data.read_all(order[:1], source)[0]}")
+    return torch.stack(chosen)
 
 
 # --------------------------------------------------------------------------------------------------------- command
@@ -636,47 +647,55 @@ def some_clips(source, count=4):
 
 def parse(arguments):
     """The command line. Flags that are wrong, or do not go together, end with argparse's message."""
+    def numbers(text):
+        return [0 if part == "all" else number(1)(part) for part in text.split(",")]
+
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    one = parser.add_mutually_exclusive_group(required=True)
-    one.add_argument("--checkpoint", help="last.pt of a run folder")
-    one.add_argument("--weights", help="a V-JEPA 2.1 checkpoint, ViT-B or ViT-L")
-    parser.add_argument("--out", metavar="DIR", help="folder for features and results; by default the checkpoint's")
-    parser.add_argument("--untrained", action="store_true", help="the same with the random weights of the run's seed")
-    parser.add_argument("--frames", type=number(1), help="of a clip; by default as in training, 16 for --weights")
-    parser.add_argument("--crop", type=number(1), help="pixels; by default as in training, 224 for --weights")
-    parser.add_argument("--benchmark", choices=BENCHMARKS)
-    parser.add_argument("--root", metavar="DIR", help="the folder that holds the datasets (see data.py --check)")
-    parser.add_argument("--train-list", metavar="CSV", help="videos to learn from, a line `path label` each")
-    parser.add_argument("--test-list", metavar="CSV", help="videos to be tested on, likewise")
-    parser.add_argument("--probe-epochs", type=number(1), help="in the place of the benchmark's own")
-    parser.add_argument("--seed", type=number(0), default=0, help="the first, of heads, their shuffling, and draws")
-    parser.add_argument("--seeds", type=number(1), default=1, help="how many heads to train on all labels")
-    parser.add_argument("--shots", type=lambda text: [number(1)(part) for part in text.split(",")], metavar="K,K,...",
-                        help="labelled clips per class")
-    parser.add_argument("--episodes", type=number(1), nargs="?", const=EPISODES, help=f"how many; {EPISODES} by default")
-    parser.add_argument("--way", type=number(2), default=5, help="classes of an episode")
-    parser.add_argument("--pictures", action="store_true", help="of masks and features")
-    parser.add_argument("--clips", type=number(FEWEST_CLIPS), default=2304, help="moving shapes to train a head on")
-    parser.add_argument("--blob-clips", type=lambda text: [number(1)(part) for part in text.split(",", 1)],
-                        metavar="TRAIN,TEST", default=BLOB_CLIPS, help="of the blobs benchmark; 160,40 as in the study")
-    parser.add_argument("--workers", type=number(0), default=min(8, os.cpu_count()), help="processes that read videos")
+    add = parser.add_argument
+    add("--checkpoint", help="last.pt of a run folder")
+    add("--weights", help="a V-JEPA 2.1 checkpoint, ViT-B or ViT-L")
+    add("--untrained", nargs="?", const="", metavar="SIZE",
+        help="random weights: those of the run's seed or, without a checkpoint, of a network of this size and --seed")
+    add("--out", metavar="DIR", help="folder for features and results; by default the checkpoint's")
+    add("--frames", type=number(1), help="of a clip; by default as in training, else 16")
+    add("--crop", type=number(1), help="pixels; by default as in training, else 224")
+    add("--benchmark", choices=BENCHMARKS)
+    add("--root", metavar="DIR", help="the folder that holds the datasets (see data.py --check)")
+    add("--train-list", metavar="CSV", help="videos to learn from, a line `path label` each")
+    add("--test-list", metavar="CSV", help="videos to be tested on, likewise")
+    add("--probe-epochs", type=number(1), help="in the place of the benchmark's own")
+    add("--seed", type=number(0), default=0, help="the first, of heads, their shuffling, and draws")
+    add("--seeds", type=number(1), default=1, help="how many heads to train on all labels")
+    add("--shots", type=numbers, metavar="K,K,...", help="labelled clips per class; all")
+    add("--episodes", type=number(1), nargs="?", const=EPISODES, help=f"how many; {EPISODES} by default")
+    add("--way", type=number(2), default=5, help="classes of an episode")
+    add("--pictures", action="store_true", help="of masks, features, motion and training")
+    add("--clips", type=number(FEWEST_CLIPS), default=2304, help="moving shapes to train a head on")
+    add("--blob-clips", type=numbers, metavar="TRAIN,TEST", default=BLOB_CLIPS, help="160,40 as in the study")
+    add("--workers", type=number(0), default=min(8, os.cpu_count()), help="processes that read videos")
     flags = parser.parse_args(arguments)
     lists, few = flags.train_list or flags.test_list, flags.shots or flags.episodes
     wrong = {
+        "give one of --checkpoint, --weights and --untrained SIZE":
+            bool(flags.checkpoint) + bool(flags.weights) + bool(flags.untrained) != 1,
+        f"--untrained {flags.untrained} is not one of {', '.join(SIZES)}": flags.untrained and flags.untrained not in SIZES,
         "--weights needs --out DIR, a folder for features and results": flags.weights and not flags.out,
         "--train-list and --test-list go together": lists and not (flags.train_list and flags.test_list),
         "--benchmark and your own lists ask for different clips; give one": lists and flags.benchmark,
-        "--blob-clips takes two numbers, as 160,40": len(flags.blob_clips) != 2,
-        "--shots and --episodes need --benchmark, or --train-list and --test-list":
-            few and not (flags.benchmark or lists),
+        "--blob-clips takes two numbers, as 160,40": len(flags.blob_clips) != 2 or 0 in flags.blob_clips,
+        "--shots and --episodes need --benchmark, or --train-list and --test-list": few and not (flags.benchmark or lists),
         "--pictures goes without --shots and --episodes": flags.pictures and few,
         "--root is for --benchmark": flags.root and not flags.benchmark,
+        "blobs are 8 frames of 160 px, whatever --frames and --crop":
+            flags.benchmark == "blobs" and (flags.frames or flags.crop),
         f"--benchmark {flags.benchmark} needs --root DIR; `python data.py --check DIR` says what belongs in there":
             flags.benchmark not in (None, "blobs") and not flags.root,
     }
     for sentence in [sentence for sentence, holds in wrong.items() if holds]:
         parser.error(sentence)
+    if flags.train_list and not few:
+        flags.shots = [0, LABELS]
     return flags
 
 
@@ -684,19 +703,24 @@ def parse(arguments):
          stopped="stopped; the same command goes on with the features that are done")
 def main(arguments=None):
     flags = parse(arguments)
-    frozen = open_frozen(flags)
-    generated = not (flags.benchmark or flags.train_list)
-    frames, crop = frozen.config["frames"], frozen.config["crop"]
+    frozen = open_frozen(flags, flags.untrained is not None)
+    own, frames, crop = flags.train_list, frozen.config["frames"], frozen.config["crop"]
+    name, *sources = open_sources(flags, frames, crop)
     print(frozen.about)
     if flags.pictures:
-        pictures(frozen, Shapes(frames, crop, HELD_OUT).clips(range(4)) if generated else
-                 some_clips(open_sources(flags, frames, crop)[2]))
+        clips = some_clips(sources[1]) if own or flags.benchmark else Shapes(frames, crop, HELD_OUT).clips(range(4))
+        untrained = open_frozen(flags, True)
+        frozen.folder.mkdir(parents=True, exist_ok=True)
+        clip_pictures(frozen, untrained, clips)
+        motion_picture(frozen, untrained, flags.clips)
+        if (frozen.folder / "metrics.csv").exists():
+            curves(frozen)
         return
-    sources = open_sources(flags, frames, crop)
-    if generated:
-        found = probe_shapes(frozen.encoder, frames, crop, flags.clips, flags.seed)
-        show_shapes({"untrained" if flags.untrained else "encoder": found}, flags.clips, found)
-    evaluate(frozen, *sources, flags)
+    if not (flags.benchmark or own):
+        show_shapes({"untrained" if flags.untrained is not None else "encoder": probe_shapes(
+            frozen.encoder, frames, crop, flags.clips, flags.seed)}, flags.clips)
+    for each in [frozen] + [open_frozen(flags, True)] * bool(own and flags.untrained is None):
+        evaluate(each, name, *sources, flags)
 
 
 if __name__ == "__main__":

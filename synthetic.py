@@ -5,6 +5,7 @@
 """
 import argparse
 import functools
+import io
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-DIRECTIONS = 8  # compass directions, counted from right (0) by way of down (2)
+DIRECTIONS = ("right", "down right", "down", "down left", "left", "up left", "up", "up right")
 WORLD = 32  # the side of a shape clip's world; a clip of any size shows this world larger or smaller
 SPEEDS = (4.0, 4.7, 5.3, 6.0)  # world units per frame
 RADIUS = 10.0  # world units
@@ -35,10 +36,10 @@ APPEARANCES = {
 }
 
 
-def compass(direction):
-    """Unit vectors (x, y) of directions, [n] -> [n, 2]; y points down, as in an image."""
-    angle = direction * (2 * torch.pi / DIRECTIONS)
-    return torch.stack((angle.cos(), angle.sin()), dim=-1)
+# What a probe may be asked for, and how many classes that has. Motion is direction and speed together: its classes differ
+# in nothing else, which makes it the fine-grained task.
+FACTORS = {"direction": len(DIRECTIONS), "speed": len(SPEEDS), "appearance": len(APPEARANCES),
+           "motion": len(DIRECTIONS) * len(SPEEDS)}
 
 
 class Shapes:
@@ -58,20 +59,23 @@ class Shapes:
     def draw(self, items):
         """Factors of items [B] as LongTensors [B] by name, and the starting points [B, 2] in world units."""
         generators = [np.random.default_rng([self.seed, int(item)]) for item in items]
-        rows = [(g.integers(DIRECTIONS), g.integers(len(SPEEDS)), g.integers(len(APPEARANCES)), *g.uniform(0, WORLD, 2))
+        rows = [(g.integers(len(DIRECTIONS)), g.integers(len(SPEEDS)), g.integers(len(APPEARANCES)), *g.uniform(0, WORLD, 2))
                 for g in generators]
         rows = torch.tensor(rows, dtype=torch.float32, device=self.device)  # (B, 5)
-        names = ("direction", "speed", "appearance")
-        return {name: rows[:, i].long() for i, name in enumerate(names)}, rows[:, 3:]
+        direction, speed, appearance = rows[:, :3].long().unbind(1)
+        return {"direction": direction, "speed": speed, "appearance": appearance,
+                "motion": direction * len(SPEEDS) + speed}, rows[:, 3:]
 
     def factors(self, items):
-        """{"direction", "speed", "appearance"}: LongTensors [B]."""
-        return self.draw(items)[0]
+        """The `FACTORS` of items: LongTensors [B] by name, on the CPU."""
+        return {name: labels.cpu() for name, labels in self.draw(items)[0].items()}
 
     def clips(self, items):
         """Items [B] -> uint8 [B, 3, frames, size, size]."""
         factors, start = self.draw(items)
-        velocity = compass(factors["direction"]) * torch.tensor(SPEEDS, device=self.device)[factors["speed"], None]
+        angle = factors["direction"] * (2 * torch.pi / len(DIRECTIONS))
+        velocity = torch.stack((angle.cos(), angle.sin()), dim=-1)  # (B, 2), y points down, as in an image
+        velocity = velocity * torch.tensor(SPEEDS, device=self.device)[factors["speed"], None]
         time = torch.arange(self.frames, device=self.device)
         centre = start[:, None] + velocity[:, None] * time[:, None]  # (B, T, 2)
         pixel = (torch.arange(self.size, device=self.device) + 0.5) * (WORLD / self.size)
@@ -86,45 +90,40 @@ class Shapes:
         cover = (0.5 - distance * RADIUS * self.size / WORLD).clamp(0, 1)
         return (255 * cover).round().to(torch.uint8).unsqueeze(1).expand(-1, 3, -1, -1, -1)
 
-    def order(self, count, generator):
-        """The items of a run of `count` clips: every clip is new."""
-        return torch.arange(count)
-
     def video(self, item):
         """uint8 [3, frames, size, size] and the label (direction) of one item."""
         return self.clips([item])[0], int(self.factors([item])["direction"])
 
 
 class Blobs:
-    """The study's synthetic benchmark: a bright disc on noise that runs to the border and stays there.
+    """The study's generated clips: a disc on noise that runs to the border and stays there.
 
-    160x160 pixels, 32 frames at 8 per second, about 4 pixels a frame, 8 directions in turn.
-    Disc size, brightness and noise are not on record; here: radius 12, value 230, uniform noise below 64 that is
-    fresh in every frame.
+    160x160 pixels, 32 frames at 8 per second. Clip i of the benchmark has seed 42 + i and moves in direction i mod 8.
+    The clips that the study trains on have seed i and move anyhow, so training clip 42 + i has the background, noise,
+    disc and start of evaluation clip i. Equal to the study's to the bit, before they are compressed.
     """
-    SIZE, FRAMES, FPS, RADIUS = 160, 32, 8, 12
+    SIZE, FRAMES, FPS = 160, 32, 8
+    MOVES = ((0, -4), (3, -3), (4, 0), (3, 3), (0, 4), (-3, 3), (-4, 0), (-3, -3))  # pixels a frame, y down
 
-    def __init__(self, seed):
-        self.seed = seed
-
-    def label(self, item):
-        return item % DIRECTIONS
+    def __init__(self, first=42, directions=True):
+        self.first, self.directions = first, directions  # seed of clip 0; False: training clips
 
     def video(self, item):
-        """uint8 [3, 32, 160, 160] and the label (direction) of one item."""
-        generator = np.random.default_rng([self.seed, int(item)])
-        shape = (3, self.FRAMES, self.SIZE, self.SIZE)
-        # Bytes without their lowest two bits: an eighth of the time that drawing numbers below 64 would take.
-        noise = torch.from_numpy(np.frombuffer(generator.bytes(math.prod(shape)), np.uint8) >> 2).view(shape)
-        speed = generator.uniform(3.5, 4.5)
-        start = torch.from_numpy(generator.uniform(self.RADIUS, self.SIZE - self.RADIUS, 2))
-        time = torch.arange(self.FRAMES)
-        centre = start + speed * compass(torch.tensor(self.label(item))) * time[:, None]  # (T, 2)
-        centre = centre.clamp(self.RADIUS, self.SIZE - self.RADIUS)
-        pixel = torch.arange(self.SIZE) + 0.5
-        x, y = pixel - centre[:, :1], pixel - centre[:, 1:]  # (T, size) each
-        disc = x[:, None, :] ** 2 + y[:, :, None] ** 2 < self.RADIUS ** 2  # (T, size, size)
-        return noise.masked_fill(disc, 230), self.label(item)
+        """uint8 [3, 32, 160, 160] and the label, the place of its move in MOVES, or None."""
+        draw = np.random.default_rng(self.first + int(item))
+        background = draw.integers(0, 80, 3, dtype=np.uint8)
+        noise = draw.integers(0, 30, (self.FRAMES, self.SIZE, self.SIZE, 1))
+        colour = draw.integers(120, 256, 3, dtype=np.uint8)
+        radius = draw.integers(10, 40)
+        start = draw.integers(radius, self.SIZE - radius), draw.integers(radius, self.SIZE - radius)  # x, y
+        label = int(item) % len(self.MOVES) if self.directions else None
+        move = self.MOVES[label] if self.directions else (draw.integers(-4, 5), draw.integers(-4, 5))
+        x, y = ((begin + step * np.arange(self.FRAMES)).clip(radius, self.SIZE - 1 - radius)[:, None]
+                for begin, step in zip(start, move))  # (T, 1) each
+        pixel = np.arange(self.SIZE)
+        disc = ((pixel - x) ** 2)[:, None, :] + ((pixel - y) ** 2)[:, :, None] <= radius ** 2  # (T, row, column)
+        frames = np.where(disc[..., None], colour, (background + noise).astype(np.uint8))  # (T, 160, 160, 3)
+        return torch.from_numpy(frames).permute(3, 0, 1, 2), label
 
 
 def write_video(path, clip, fps, codec="libx264"):
@@ -167,6 +166,14 @@ def write_file(path, content):
 
 def write_json(path, content):
     write_file(path, json.dumps(content, indent=1).encode())
+
+
+def write_image(path, image):
+    """Write a Pillow image as PNG, and say so."""
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    write_file(path, buffer.getvalue())
+    print(f"written to {path}")
 
 
 def read_json(path):
@@ -232,7 +239,7 @@ def main(arguments=None):
     flags = parser.parse_args(arguments)
     if flags.kind == "shapes" and flags.size % 2:
         parser.error(f"--size is {flags.size}, but the video format needs an even number of pixels")
-    source = Shapes(flags.frames, flags.size, flags.seed) if flags.kind == "shapes" else Blobs(flags.seed)
+    source = Shapes(flags.frames, flags.size, flags.seed) if flags.kind == "shapes" else Blobs(42 + flags.seed)
     write_dataset(flags.write, source, flags.count, 8)
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -25,7 +24,7 @@ import probe
 from data import MAX_BROKEN
 from model import SIZES, Block, Encoder, Predictor, level_normalise, load_vjepa, token_grid
 from objectives import (ABLATIONS, OBJECTIVES, MaskOutputs, Outputs, coefficients, losses, make_heads, mean_over_ranks,
-                        middle_pixels, motion_map, objective_list, released_form, sample_masks)
+                        middle_pixels, motion_map, objective_list, released_form, sample_masks, without)
 from synthetic import Shapes, command, number, read_json, write_file, write_json
 
 
@@ -60,10 +59,12 @@ class Config:
     # optimisation
     steps: int = setting(500, "training steps; every schedule is a share of them", 1)
     batch: int = setting(16, "clips per step, over all ranks together", 1)
+    micro_batch: int = setting(0, "clips that are masked and averaged together; 0: all that a rank has of a batch", 0)
     lr: float = setting(1e-3, "learning rate after the warm-up, which is the first 1 %% of the steps", 0)
     warmup_lr: float = setting(1e-4, "learning rate of step 0", 0)
     weight_decay: float = setting(0.04, "of all but biases and 1-D tensors", 0)
     ema: float = setting(0.97, "momentum of the target encoder", 0, 1)
+    ctx_weight: float = setting(0.5, "what the context loss counts for at the end of the run", 0)
     # machine
     device: str = setting("auto", "where to run", choices=lambda: ["auto", "cuda", "mps", "cpu"])
     compile: bool = setting(None, "compile the networks; by default on cuda only")
@@ -78,13 +79,14 @@ class Config:
         return token_grid(self.frames, self.crop, self.crop, self.patch, self.tubelet)
 
 
-STUDY = dict(frames=16, crop=224, model="vit_base", patch=16, steps=30_000, batch=32, lr=6e-4, ema=0.99925, workers=8,
-             log_every=100, save_every=1000)
+STUDY = dict(frames=16, crop=224, model="vit_base", patch=16, steps=30_000, batch=32, micro_batch=8, lr=6e-4, ema=0.99925,
+             workers=8, log_every=100, save_every=1000)
 PRESETS = {
     "synthetic": dict(),
     "ucf101": dict(STUDY, fps=16),
     "mixed": dict(STUDY, frame_step=2),
-    "blobs": dict(STUDY, frames=8, crop=128, fps=4, batch=16, steps=5000),
+    # The study's context loss begins at step 15,000, which this regime never reaches.
+    "blobs": dict(STUDY, frames=8, crop=128, fps=4, batch=16, steps=5000, ctx_weight=0.0),
 }
 
 
@@ -135,7 +137,7 @@ def build(config):
     if config.as_released:
         objective = released_form(objective)
     if config.ablate:
-        objective = replace(objective, **ABLATIONS[config.ablate])
+        objective = without(objective, config.ablate)
         size = size._replace(predictor_depth=0) if config.ablate == "predictor" else size
     torch.manual_seed(config.seed)
     return JEPA(objective, size, config.patch, config.tubelet)
@@ -143,13 +145,13 @@ def build(config):
 
 @torch.no_grad()
 def collapse_meter(h, most_tokens=4096):
-    """Are the target features alive? h [B, N, 4D] -> effective rank, mean standard deviation of a channel.
+    """Are the target features alive? Last level [B, N, D] of them -> effective rank, mean deviation of a channel.
 
-    Effective rank: exp of the entropy of the normalised singular values of the centred token features (at most 4D).
+    Effective rank: exp of the entropy of the normalised singular values of the centred token features (at most D).
     The deviation falls to 0 when all tokens look the same. The rank need not: it has no scale, and what little
     difference is left may run in many directions.
     """
-    tokens = h.flatten(0, 1).float()  # (B*N, 4D)
+    tokens = h.flatten(0, 1).float()  # (B*N, D)
     count = min(len(tokens), most_tokens)
     tokens = tokens[torch.arange(count, device=h.device) * len(tokens) // count]  # evenly spread, over all columns
     tokens = tokens - tokens.mean(0)
@@ -169,15 +171,23 @@ def make_optimizer(model, config):
 
 
 def learning_rate(config, step):
-    """Linear from warmup_lr to lr over the first 1 % of the steps (the study's first epoch), then constant."""
+    """Linear from warmup_lr to lr over the first 1 % of the steps (the study's first epoch), then constant.
+
+    The study counts before it sets: step s, from 0, has the value of s + 1.
+    """
     warmup = max(1, config.steps // 100)
-    return config.warmup_lr + (config.lr - config.warmup_lr) * min(1.0, step / warmup)
+    return config.warmup_lr + (config.lr - config.warmup_lr) * min(1.0, (step + 1) / warmup)
 
 
-def masks_of_clips(clips, generator, grid, masking, sizes=None):
-    """`sample_masks` for uint8 clips [B, 3, T, H, W]; a loader's worker calls this, so that no step waits for it."""
-    motion = motion_map(data.normalise(middle_pixels(clips, grid)), grid) if masking.motion_strength else None
-    return sample_masks(len(clips), grid, masking, generator, motion, sizes)
+def masks_of_clips(clips, positions, sizes, grid, masking):
+    """`sample_masks` for uint8 clips [B, 3, T, H, W]; a loader's worker calls this, so that no step waits for it.
+
+    positions, sizes: the generators of where blocks lie, and how large they are.
+    """
+    motion = None
+    if masking.motion_strength:
+        motion = motion_map(data.normalise(middle_pixels(clips, grid)), grid, masking.maxima_mixed_up)
+    return sample_masks(len(clips), grid, masking, positions, motion, sizes)
 
 
 def training_sources(config):
@@ -188,7 +198,7 @@ def training_sources(config):
     if config.preset == "synthetic":
         return [Shapes(config.frames, config.crop, config.seed)], [1.0]
     if config.preset == "blobs":
-        return [data.BlobVideos(config.seed, *how)], [1.0]
+        return [data.BlobVideos(*how)], [1.0]
     shares = data.MIXED if config.preset == "mixed" else {"ucf101": 1.0}
     return [data.open_dataset(name, config.root, "train", *how) for name in shares], list(shares.values())
 
@@ -258,7 +268,7 @@ class Trainer:
     PARTS = ("encoder", "target", "predictor", "heads")
 
     def __init__(self, config, device, ranks=1):
-        self.config, self.device = config, device
+        self.config, self.device, self.ranks = config, device, ranks
         self.model = build(config).to(device)
         if config.weights:
             pretrained = load_vjepa(config.weights, config.model, config.patch, config.tubelet).state_dict()
@@ -276,52 +286,54 @@ class Trainer:
         torch.backends.cuda.enable_cudnn_sdp(False)
         if config.compile or config.compile is None and device.type == "cuda":
             self.model.compile()
-        self.forward = self.model
-        if ranks > 1:
-            # Blocks are graphs of their own; torch would cut them once more where DDP's buckets end.
-            torch._dynamo.config.optimize_ddp = False
-            # A static graph may leave parameters without gradient: the released code's latent-dynamics head. The only
-            # buffers are tables that never change.
-            self.forward = DistributedDataParallel(self.model, static_graph=True, broadcast_buffers=False)
+    def step(self, step, micro_batches):
+        """One training step on micro-batches: uint8 clips [B, 3, T, H, W], and masks, a list of (visible, masked) ids.
 
-    def step(self, step, clips, masks):
-        """One training step on uint8 clips [B, 3, T, H, W] and masks, a list of (visible [B, n], masked [B, k]).
-
-        Returns losses by name, targets [B, N, 4D] and the length of the gradient of all parameters together.
+        Returns losses by name, targets of the last micro-batch [B, N, 4D], the length of all gradients together.
         """
-        # 1. Clips and masks come from the loader. What a term draws at random is fresh at every step, equal on all
-        #    ranks, and the same after a resume.
+        # 1. The schedules say what each loss counts for, and the learning rate. What a term draws at random is fresh at
+        #    every step, equal on all ranks, and the same after a resume.
         torch.manual_seed(self.config.seed * 1_000_003 + step)
-        clips = clips.to(self.device, non_blocking=True)
-        masks = [tuple(tokens.to(self.device, non_blocking=True) for tokens in mask) for mask in masks]
-        # 2. The schedules say what each loss counts for, and the learning rate.
-        weights = coefficients(self.objective, step, self.config.steps)
+        weights = coefficients(self.objective, step, self.config.steps, self.config.ctx_weight)
         # Tensors, since a compiled step would be compiled again for every new Python number.
         weights = dict(zip(weights, torch.tensor(list(weights.values())).to(self.device, non_blocking=True)))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
-        # 3. Forward: target encoder once; encoder and predictor once per mask; every loss; their weighted sum.
-        with self.autocast:
-            values, h = self.forward(clips, masks, weights)
-        # 4. Backward, and one step of AdamW for encoder, predictor and heads.
-        values["total"].backward()
-        gradient_norm = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        found = []
+        for clips, masks in micro_batches:
+            clips = clips.to(self.device, non_blocking=True)
+            masks = [tuple(tokens.to(self.device, non_blocking=True) for tokens in mask) for mask in masks]
+            # 2. Forward: target encoder once; encoder and predictor once per mask; every loss; their weighted sum.
+            #    Each micro-batch has means and statistics of its own.
+            with self.autocast:
+                losses, h = self.model(clips, masks, weights)
+            # 3. Backward: gradients add up, and are averaged over all micro-batches of all ranks.
+            (losses["total"] / len(micro_batches)).backward()
+            found.append({name: value.detach() for name, value in losses.items()})
+        gradients = [p.grad for p in self.trained if p.grad is not None]
+        if self.ranks > 1:
+            flat = nn.utils.parameters_to_vector(gradients)
+            dist.all_reduce(flat)
+            nn.utils.vector_to_parameters(flat / self.ranks, gradients)
+        gradient_norm = nn.utils.get_total_norm(gradients)
+        # 4. One step of AdamW for encoder, predictor and heads.
         self.optimizer.step()
         self.optimizer.zero_grad()
         # 5. The target follows the encoder: target = momentum * target + (1 - momentum) * encoder.
         if self.objective.ema:
             with torch.no_grad():
                 self.update_target(list(self.model.target.parameters()), list(self.model.encoder.parameters()), None)
-        self.healthy &= values["total"].isfinite() & gradient_norm.isfinite()
-        return {name: value.detach() for name, value in values.items()}, h, gradient_norm
+        losses = {name: torch.stack([each[name].float() for each in found]).mean() for name in found[0]}
+        self.healthy &= losses["total"].isfinite() & gradient_norm.isfinite()
+        return losses, h, gradient_norm
 
     def row(self, step, losses, h, gradient_norm):
         """A line of metrics.csv, a dict of numbers; the losses are averaged over ranks, each of which has to call it."""
-        means = mean_over_ranks(torch.stack([value.float() for value in losses.values()])).tolist()
-        effective_rank, feature_std = collapse_meter(h)
+        means = mean_over_ranks(torch.stack(list(losses.values()))).tolist()
+        effective_rank, feature_std = collapse_meter(h[..., -self.model.encoder.video.shape[-1]:])
         return {"step": step, **dict(zip(losses, means)), "grad_norm": gradient_norm.item(),
                 "lr": learning_rate(self.config, step), "ema": self.config.ema if self.objective.ema else "",
-                "ctx_weight": coefficients(self.objective, step, self.config.steps)["ctx"],
+                "ctx_weight": coefficients(self.objective, step, self.config.steps, self.config.ctx_weight)["ctx"],
                 "effective_rank": effective_rank.item(), "feature_std": feature_std.item()}
 
     def save(self, folder, step):
@@ -391,11 +403,10 @@ def prepare(config, rank, ranks, device, resume):
     """The trainer, its batches, the run folder and the first step to do. What is refused leaves nothing behind."""
     sources = training_sources(config)  # before the networks, which take seconds: a wrong path is said at once
     trainer = Trainer(config, device, ranks)
-    masking = trainer.objective.masking
-    sample_masks(1, config.grid, masking, torch.Generator())  # refuses a grid that is too small
-    batches = data.Batches(*sources, config.batch, config.steps, config.seed,
-                           functools.partial(masks_of_clips, grid=config.grid, masking=masking),
-                           Path(config.out, "unreadable.txt"), rank, ranks)
+    make_masks = functools.partial(masks_of_clips, grid=config.grid, masking=trainer.objective.masking)
+    batches = data.Batches(*sources, config, make_masks, rank, ranks)
+    clips = torch.zeros(batches.size, 3, config.frames, config.crop, config.crop, dtype=torch.uint8)
+    make_masks(clips, torch.Generator(), torch.Generator())  # refuses a grid or a micro-batch that is too small
     checkpoint = [open_run(config, trainer.objective, resume) if rank == 0 else None]
     if ranks > 1:
         dist.broadcast_object_list(checkpoint)
@@ -412,8 +423,8 @@ def train(config, resume=False):
     bar = tqdm(total=config.steps * config.batch, initial=start * config.batch, unit="clip", desc=config.objective,
                file=sys.stdout, disable=True if rank else None)  # None: where there is no terminal
     with StopSignal() as stop, bar:
-        for step, (clips, masks) in enumerate(data.loader(batches, start, config.workers, device), start):
-            values, h, gradient_norm = trainer.step(step, clips, masks)
+        for step, micro_batches in enumerate(data.loader(batches, start, config.workers, device), start):
+            losses, h, gradient_norm = trainer.step(step, micro_batches)
             bar.update(config.batch)
             last, stopping = step + 1 == config.steps, stop.agreed()
             logging = step % config.log_every == 0 or last
@@ -422,7 +433,7 @@ def train(config, resume=False):
                 raise FloatingPointError(f"the loss or its gradient was not finite by step {step}; {folder}/last.pt is "
                                          "the last good checkpoint, if there is one; start again with a lower --lr")
             if logging:
-                row = trainer.row(step, values, h, gradient_norm)
+                row = trainer.row(step, losses, h, gradient_norm)
             if logging and rank == 0:
                 report(folder, row, bar, config)
             if saving and rank == 0:
@@ -454,11 +465,10 @@ def finish(trainer, folder):
     if config.probe_clips:
         encoders = {"untrained": build(config).encoder.to(trainer.device),
                     "trained": getattr(trainer.model, trainer.evaluated)}
-        attentive = config.preset == "synthetic"  # other presets have too many tokens to keep in memory
         with torch.compiler.set_stance("force_eager"):  # blocks would be compiled again for the probes' shapes
             for name, encoder in encoders.items():
                 found[name] = probe.probe_shapes(encoder, config.frames, config.crop, config.probe_clips,
-                                                 attentive=attentive, about=f"the {name} encoder")
+                                                 about=f"the {name} encoder")
         probe.show_shapes(found, config.probe_clips)
         if config.data or config.root:
             print("These clips are generated, not yours; probe.py reads yours.")
