@@ -481,21 +481,10 @@ def sigreg(outputs, directions=1024, chunk=64):
         return sum(parts) / directions
 
 
-def gelu_derivative(x):
-    return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * torch.exp(-x ** 2 / 2) / math.sqrt(2 * math.pi)
-
-
 def energy_gradient(head, q, p):
-    """dE/dq and dE/dp of the energy network at (q, p), themselves differentiable.
-
-    By the chain rule, since torch.autograd.grad would break the graph of a compiled step:
-    E = last(gelu(outer)), outer = second(gelu(inner)), inner = first(q, p).
-    """
-    first, _, second, _, last = head
-    inner = first(torch.cat((q, p), dim=-1))  # (B, n, hidden)
-    outer = second(F.gelu(inner))  # (B, n, hidden)
-    gradient = (gelu_derivative(outer) * last.weight) @ second.weight  # (B, n, hidden)
-    return ((gelu_derivative(inner) * gradient) @ first.weight).chunk(2, dim=-1)
+    """dE/dq and dE/dp [B, n, 2D] of the energy network at (q, p), themselves differentiable."""
+    # torch.autograd.grad would break the graph of a compiled step.
+    return torch.func.grad(lambda q, p: head(torch.cat((q, p), dim=-1)).sum(), argnums=(0, 1))(q, p)
 
 
 def hamiltonian(outputs, head, dt=0.1):

@@ -255,18 +255,18 @@ def accuracies(recipe, train, test, seeds, device, shots=0, progress=""):
 
 # ---------------------------------------------------------------------------------------------------- moving shapes
 
-MEASURED = {"few": ("direction", "motion", "appearance"), "linear": ("direction", "speed", "appearance")}
+FEW_FACTORS, LINEAR_FACTORS = ("direction", "motion", "appearance"), ("direction", "speed", "appearance")
 
 
-def shape_features(encoder, frames, crop, count, seed, about, keep=None):
-    """Held-out moving shapes as an encoder sees them: tokens, float16 [count, N, D], and their means, [count, 1, D].
+def shape_features(encoder, shapes, count, about, keep=None):
+    """Moving shapes as an encoder sees them: tokens, float16 [count, N, D] on the CPU, and their means, [count, 1, D].
 
     keep: bool [count], the clips whose tokens are wanted, None for all. At the paper's size tokens take most of the
     memory; rows that are never written take none.
     """
-    source, means, tokens = Shapes(frames, crop, seed, encoder.video.device), [], None
+    means, tokens = [], None
     for items in tqdm(torch.arange(count).split(64), desc=f"features of {about}", leave=False, disable=None):
-        features = last_level(encoder, source.clips(items))  # (64, N, D)
+        features = last_level(encoder, shapes.clips(items))  # (64, N, D)
         tokens = torch.empty(count, *features.shape[1:], dtype=torch.float16) if tokens is None else tokens
         rows = items if keep is None else items[keep[items]]
         tokens[rows] = features[rows - items[0]].half().cpu()
@@ -274,37 +274,46 @@ def shape_features(encoder, frames, crop, count, seed, about, keep=None):
     return tokens, torch.cat(means)
 
 
-def probe_shapes(encoder, frames, crop, count, seed=0, about="the encoder"):
-    """What held-out moving shapes tell of an encoder: {"few": {factor: [top-1 % of each draw]}, "linear": {factor: %}}.
+def held_out(encoder, config, count):
+    """Moving shapes that no run trains on: (shapes, how many) to learn from, and a third as many to be tested on."""
+    return [(Shapes(config["frames"], config["crop"], HELD_OUT + i, encoder.video.device, config.get("world", "default")),
+             number_of_clips) for i, number_of_clips in enumerate((count, max(1, count // 3)))]
 
-    "few": an attentive head on all tokens, from 5 labelled clips per class. "linear": a linear head on their mean, from
-    all `count` clips. Both are tested on a third as many others.
+
+def probe_shapes(encoder, config, count, seed=0, shots=(LABELS,), about="the encoder"):
+    """What held-out moving shapes tell of an encoder, top-1 %: {k: {factor: [of each draw]}, "linear": {factor: %}}.
+
+    k: an attentive head on all tokens, from k labelled clips per class. "linear": a linear head on their mean, from all
+    `count` clips. Both are tested on a third as many others.
     """
-    counts, device, draws = (count, max(1, count // 3)), encoder.video.device, range(seed, seed + DRAWS)
-    labels = [Shapes(frames, crop, HELD_OUT + i).factors(range(n)) for i, n in enumerate(counts)]
-    drawn = sum(draw_shots(labels[0][factor], LABELS, draw) >= 0 for factor in MEASURED["few"] for draw in draws) > 0
-    sets = [shape_features(encoder, frames, crop, n, HELD_OUT + i, about, keep)
-            for i, (n, keep) in enumerate(zip(counts, (drawn, None)))]
-    found = {"few": {}, "linear": {}}
+    sets, device, draws = held_out(encoder, config, count), encoder.video.device, range(seed, seed + DRAWS)
+    labels = [shapes.factors(range(clips)) for shapes, clips in sets]
+    drawn = torch.stack([draw_shots(labels[0][factor], max(shots), draw) >= 0
+                         for factor in FEW_FACTORS for draw in draws]).any(0)
+    features = [shape_features(encoder, *each, about, keep) for each, keep in zip(sets, (drawn, None))]
+    found = {str(k): {} for k in shots} | {"linear": {}}
     for factor in FACTORS:
-        few, linear = ([Labelled(features[kind], each[factor]) for features, each in zip(sets, labels)] for kind in (0, 1))
-        if factor in MEASURED["few"]:
-            found["few"][factor] = accuracies(FEW, *few, draws, device, LABELS, f"{about}, {LABELS} labels: {factor}")
-        if factor in MEASURED["linear"]:
+        few, linear = ([Labelled(each[kind], some[factor]) for each, some in zip(features, labels)] for kind in (0, 1))
+        for k in shots if factor in FEW_FACTORS else ():
+            found[str(k)][factor] = accuracies(FEW, *few, draws, device, k, f"{about}, {k} labels: {factor}")
+        if factor in LINEAR_FACTORS:
             found["linear"][factor], = accuracies(LINEAR, *linear, [seed], device, progress=f"{about}, linear: {factor}")
     return found
 
 
 def show_shapes(rows, count):
-    """Print results, {name of an encoder: `probe_shapes`}, as one table."""
+    """Print results, {name of an encoder: `probe_shapes`}, as one table for each number of labels."""
     print(f"\nTop-1 % on {max(1, count // 3):,} held-out moving shapes (generated), one training seed; ± over {DRAWS} draws")
-    print(f"{'':<12}{f'{LABELS} labels per class, attentive head':<42}all {count:,} labels, linear head")
-    columns = [factor for kind in MEASURED for factor in MEASURED[kind]]
-    cells = {"": columns, **{name: [f"{np.mean(values):5.1f} ± {np.std(values, ddof=1):.1f}" for values in
-                                    found["few"].values()] + [f"{value:5.1f}" for value in found["linear"].values()]
-                             for name, found in rows.items()}, "chance": [f"{100 / FACTORS[name]:5.1f}" for name in columns]}
-    for name, row in cells.items():
-        print(f"{name:<12}" + "".join(f"{cell:<14}" for cell in row))
+    columns = [*FEW_FACTORS, *LINEAR_FACTORS]
+    for k in [k for k in next(iter(rows.values())) if k != "linear"]:
+        print(f"{'':<12}{f'{k} labels per class, attentive head':<42}all {count:,} labels, linear head")
+        cells = {"": columns}
+        for name, found in rows.items():
+            cells[name] = [f"{np.mean(found[k][factor]):5.1f} ± {np.std(found[k][factor], ddof=1):.1f}"
+                           for factor in FEW_FACTORS] + [f"{found['linear'][factor]:5.1f}" for factor in LINEAR_FACTORS]
+        cells["chance"] = [f"{100 / FACTORS[factor]:5.1f}" for factor in columns]
+        for name, row in cells.items():
+            print(f"{name:<12}" + "".join(f"{cell:<14}" for cell in row))
 
 
 # ----------------------------------------------------------------------------------------------- features in a file
@@ -612,11 +621,11 @@ def motion_picture(frozen, untrained, count):
 
     Axes are fitted on the clips that a linear head learns from; the points are the clips that it is tested on.
     """
-    frames, crop, panels = frozen.config["frames"], frozen.config["crop"], {}
-    labels = [Shapes(frames, crop, HELD_OUT + i).factors(range(n))["direction"] for i, n in enumerate((count, count // 3))]
+    panels = {}
     for each in (untrained, frozen):
-        train, test = (shape_features(each.encoder, frames, crop, len(some), HELD_OUT + i, each.about)[1]
-                       .squeeze(1).double().cpu() for i, some in enumerate(labels))
+        sets = held_out(each.encoder, each.config, count)
+        labels = [shapes.factors(range(clips))["direction"] for shapes, clips in sets]
+        train, test = (shape_features(each.encoder, *some, each.about)[1].squeeze(1).double().cpu() for some in sets)
         points = (test - train.mean(0)) @ discriminant_axes(train - train.mean(0), labels[0])  # (count / 3, 2)
         panels[each.about] = {name: points[labels[1] == i].T.tolist() for i, name in enumerate(DIRECTIONS)}
     plot(panels, frozen.folder / "motion.png")
@@ -684,7 +693,7 @@ def parse(arguments):
         "--train-list and --test-list go together": lists and not (flags.train_list and flags.test_list),
         "--benchmark and your own lists ask for different clips; give one": lists and flags.benchmark,
         "--blob-clips takes two numbers, as 160,40": len(flags.blob_clips) != 2 or 0 in flags.blob_clips,
-        "--shots and --episodes need --benchmark, or --train-list and --test-list": few and not (flags.benchmark or lists),
+        "--episodes needs --benchmark, or --train-list and --test-list": flags.episodes and not (flags.benchmark or lists),
         "--pictures goes without --shots and --episodes": flags.pictures and few,
         "--root is for --benchmark": flags.root and not flags.benchmark,
         "blobs are 8 frames of 160 px, whatever --frames and --crop":
@@ -708,7 +717,8 @@ def main(arguments=None):
     name, *sources = open_sources(flags, frames, crop)
     print(frozen.about)
     if flags.pictures:
-        clips = some_clips(sources[1]) if own or flags.benchmark else Shapes(frames, crop, HELD_OUT).clips(range(4))
+        clips = some_clips(sources[1]) if own or flags.benchmark else held_out(
+            frozen.encoder, frozen.config, 1)[0][0].clips(range(4)).cpu()
         untrained = open_frozen(flags, True)
         frozen.folder.mkdir(parents=True, exist_ok=True)
         clip_pictures(frozen, untrained, clips)
@@ -718,7 +728,7 @@ def main(arguments=None):
         return
     if not (flags.benchmark or own):
         show_shapes({"untrained" if flags.untrained is not None else "encoder": probe_shapes(
-            frozen.encoder, frames, crop, flags.clips, flags.seed)}, flags.clips)
+            frozen.encoder, frozen.config, flags.clips, flags.seed, flags.shots or [LABELS])}, flags.clips)
     for each in [frozen] + [open_frozen(flags, True)] * bool(own and flags.untrained is None):
         evaluate(each, name, *sources, flags)
 

@@ -12,17 +12,28 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 DIRECTIONS = ("right", "down right", "down", "down left", "left", "up left", "up", "up right")
-WORLD = 32  # the side of a shape clip's world; a clip of any size shows this world larger or smaller
-SPEEDS = (4.0, 4.7, 5.3, 6.0)  # world units per frame
-RADIUS = 10.0  # world units
+SIDE = 32  # of a world; a clip of any size shows all of it, larger or smaller
 
-# Each appearance: the distance to the outline at (x, y), or a lower bound of it, negative inside; the unit is RADIUS.
+
+class World(NamedTuple):
+    """What moves, and before what: units are world units, brightness is 0 to 255."""
+    radius: float = 10.0
+    speeds: tuple = (4.0, 4.7, 5.3, 6.0)  # per frame
+    shape: float = 255.0
+    ground: float = 0.0
+
+
+WORLDS = {"default": World(), "slow": World(6.0, (2.0, 2.7, 3.3, 4.0)),
+          "faint": World(13.0, (5.0, 6.0, 7.0, 8.0), 150.0, 100.0)}
+
+# Each appearance: the distance to the outline at (x, y), or a lower bound of it, negative inside; the unit is the radius.
 APPEARANCES = {
     "disc": lambda x, y: (x ** 2 + y ** 2).sqrt() - 0.9,
     "ring": lambda x, y: ((x ** 2 + y ** 2).sqrt() - 0.75).abs() - 0.25,
@@ -38,20 +49,19 @@ APPEARANCES = {
 
 # What a probe may be asked for, and how many classes that has. Motion is direction and speed together: its classes differ
 # in nothing else, which makes it the fine-grained task.
-FACTORS = {"direction": len(DIRECTIONS), "speed": len(SPEEDS), "appearance": len(APPEARANCES),
-           "motion": len(DIRECTIONS) * len(SPEEDS)}
+FACTORS = {"direction": 8, "speed": 4, "appearance": 8, "motion": 32}
 
 
 class Shapes:
-    """Clips of one white shape that crosses a black frame at constant velocity and comes back on the other side.
+    """Clips of one bright shape that crosses a dark frame at constant velocity and comes back on the other side.
 
     Direction (8), speed (4), appearance (8) and start are drawn independently. The start is uniform and the motion
     wraps around, so the position in any one frame is uniform whatever the direction: a single frame says nothing
     about the motion. Item i of a seed is always the same clip, and there are as many items as anyone will ask for.
     """
 
-    def __init__(self, frames, size, seed, device="cpu"):
-        self.frames, self.size, self.seed, self.device = frames, size, seed, device
+    def __init__(self, frames, size, seed, device="cpu", world="default"):
+        self.frames, self.size, self.seed, self.device, self.world = frames, size, seed, device, WORLDS[world]
 
     def __len__(self):
         return 2 ** 31
@@ -59,12 +69,12 @@ class Shapes:
     def draw(self, items):
         """Factors of items [B] as LongTensors [B] by name, and the starting points [B, 2] in world units."""
         generators = [np.random.default_rng([self.seed, int(item)]) for item in items]
-        rows = [(g.integers(len(DIRECTIONS)), g.integers(len(SPEEDS)), g.integers(len(APPEARANCES)), *g.uniform(0, WORLD, 2))
+        rows = [(g.integers(len(DIRECTIONS)), g.integers(len(self.world.speeds)), g.integers(len(APPEARANCES)), *g.uniform(0, SIDE, 2))
                 for g in generators]
         rows = torch.tensor(rows, dtype=torch.float32, device=self.device)  # (B, 5)
         direction, speed, appearance = rows[:, :3].long().unbind(1)
         return {"direction": direction, "speed": speed, "appearance": appearance,
-                "motion": direction * len(SPEEDS) + speed}, rows[:, 3:]
+                "motion": direction * len(self.world.speeds) + speed}, rows[:, 3:]
 
     def factors(self, items):
         """The `FACTORS` of items: LongTensors [B] by name, on the CPU."""
@@ -75,20 +85,21 @@ class Shapes:
         factors, start = self.draw(items)
         angle = factors["direction"] * (2 * torch.pi / len(DIRECTIONS))
         velocity = torch.stack((angle.cos(), angle.sin()), dim=-1)  # (B, 2), y points down, as in an image
-        velocity = velocity * torch.tensor(SPEEDS, device=self.device)[factors["speed"], None]
+        velocity = velocity * torch.tensor(self.world.speeds, device=self.device)[factors["speed"], None]
         time = torch.arange(self.frames, device=self.device)
         centre = start[:, None] + velocity[:, None] * time[:, None]  # (B, T, 2)
-        pixel = (torch.arange(self.size, device=self.device) + 0.5) * (WORLD / self.size)
+        pixel = (torch.arange(self.size, device=self.device) + 0.5) * (SIDE / self.size)
         # Offset from the nearest of the centre's copies, since the world is a torus.
-        offset = (pixel - centre[..., None] + WORLD / 2).remainder(WORLD) - WORLD / 2  # (B, T, 2, size)
-        x, y = (offset / RADIUS).unbind(2)  # (B, T, size) each
+        offset = (pixel - centre[..., None] + SIDE / 2).remainder(SIDE) - SIDE / 2  # (B, T, 2, size)
+        x, y = (offset / self.world.radius).unbind(2)  # (B, T, size) each
         distance = torch.empty(*x.shape, self.size, device=self.device)  # (B, T, size, size): row, column
         for kind, outline in enumerate(APPEARANCES.values()):
             clips = factors["appearance"] == kind
             distance[clips] = outline(*torch.broadcast_tensors(x[clips, :, None, :], y[clips, :, :, None]))
         # A pixel that the outline crosses is grey by the share that lies inside.
-        cover = (0.5 - distance * RADIUS * self.size / WORLD).clamp(0, 1)
-        return (255 * cover).round().to(torch.uint8).unsqueeze(1).expand(-1, 3, -1, -1, -1)
+        cover = (0.5 - distance * self.world.radius * self.size / SIDE).clamp(0, 1)
+        picture = self.world.ground + (self.world.shape - self.world.ground) * cover
+        return picture.round().to(torch.uint8).unsqueeze(1).expand(-1, 3, -1, -1, -1)
 
     def video(self, item):
         """uint8 [3, frames, size, size] and the label (direction) of one item."""

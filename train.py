@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from data import MAX_BROKEN
 from model import SIZES, Block, Encoder, Predictor, level_normalise, load_vjepa, token_grid
 from objectives import (ABLATIONS, OBJECTIVES, MaskOutputs, Outputs, coefficients, losses, make_heads, mean_over_ranks,
                         middle_pixels, motion_map, objective_list, released_form, sample_masks, without)
-from synthetic import Shapes, command, number, read_json, write_file, write_json
+from synthetic import WORLDS, Shapes, command, number, read_json, write_file, write_json
 
 
 def setting(default, meaning, least=None, most=math.inf, choices=None):
@@ -45,6 +45,7 @@ class Config:
     # data
     data: str = setting("", 'your own videos: a list (lines "path label" or "path") or a folder')
     root: str = setting("", "the folder that holds the study's datasets")
+    world: str = setting("default", "what the synthetic clips show", choices=lambda: WORLDS)
     frames: int = setting(8, "frames of a clip", 1)
     crop: int = setting(32, "height and width of a clip in pixels", 1)
     frame_step: int = setting(1, "frames of the video from one frame of a clip to the next", 1)
@@ -196,7 +197,7 @@ def training_sources(config):
     if config.data:
         return [data.Videos(*data.own_videos(config.data), *how)], [1.0]
     if config.preset == "synthetic":
-        return [Shapes(config.frames, config.crop, config.seed)], [1.0]
+        return [Shapes(config.frames, config.crop, config.seed, world=config.world)], [1.0]
     if config.preset == "blobs":
         return [data.BlobVideos(*how)], [1.0]
     shares = data.MIXED if config.preset == "mixed" else {"ucf101": 1.0}
@@ -467,8 +468,7 @@ def finish(trainer, folder):
                     "trained": getattr(trainer.model, trainer.evaluated)}
         with torch.compiler.set_stance("force_eager"):  # blocks would be compiled again for the probes' shapes
             for name, encoder in encoders.items():
-                found[name] = probe.probe_shapes(encoder, config.frames, config.crop, config.probe_clips,
-                                                 about=f"the {name} encoder")
+                found[name] = probe.probe_shapes(encoder, asdict(config), config.probe_clips, about=f"the {name} encoder")
         probe.show_shapes(found, config.probe_clips)
         if config.data or config.root:
             print("These clips are generated, not yours; probe.py reads yours.")
