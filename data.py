@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -29,9 +30,17 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
 from tqdm import tqdm
 
-from synthetic import Blobs, command, number
+from synthetic import HELD, Blobs, command, number
 
 # ------------------------------------------------------------------------------------------------------- decoding
+
+# What is opened as a video: demuxers, none of which follows other files, with the suffixes of their files.
+FORMATS = {"mov": ".mp4 .m4v .mov .3gp .3g2", "matroska": ".mkv .webm", "avi": ".avi", "mpeg": ".mpg .mpeg .vob",
+           "mpegts": ".ts .mts .m2ts", "ogg": ".ogv", "flv": ".flv .f4v", "asf": ".wmv .asf", "gif": ".gif",
+           "h264": ".h264", "hevc": ".hevc", "m4v": "", "mpegvideo": ".m2v"}
+SUFFIXES = " ".join(FORMATS.values()).split()
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")  # Pillow would start Ghostscript for others
+MOST_PIXELS = 7680 * 4320  # of a frame: a small file can hold huge ones
 
 
 class Unreadable(Exception):
@@ -53,84 +62,140 @@ def read_video(path, choose):
     """Read frames of a video by number: `choose(count, rate)` is told its size and returns the numbers, ascending.
 
     Frame i is the i-th in order of presentation, however long each lasts. The file is passed over once without
-    decoding, for the exact count, since many containers give none or a wrong one. Then comes one seek, to the last
-    key frame before the first frame chosen, and the decoding of what lies between.
+    decoding, for the exact count, since many containers give none or a wrong one. Then comes one seek, to the last key
+    frame before the first frame chosen, and the decoding of what lies between. That trusts the container's times and
+    key frames; where the decoder finds otherwise, frames are counted by decoding from the start, in `from_start`.
     Raises Unreadable for a file that is missing, broken, or without the frames chosen.
     """
     import av  # only where a video is opened: all else runs without it
+    found, missing = {}, []
     try:
         container, stream = open_video(path)
         with container:
-            packets = [(packet.pts, packet.is_keyframe, packet.is_discard) for packet in container.demux(stream)
-                       if packet.size and not packet.is_corrupt]
-            times = [time for time, _, cut_away in packets if not cut_away]  # an edit list may cut frames away
-            count = len(times)
-            if not count:
+            packets = [(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
+                       for packet in container.demux(stream) if packet.size and not packet.is_corrupt]
+            if not packets:
                 raise Unreadable(path, "it holds no frames")
-            # AVI knows no times of presentation. Those made up for it fail where frames are stored out of order.
-            timed = None not in times and not (container.format.name == "avi" and stream.codec_context.has_b_frames)
-            times = sorted(times) if timed else range(count)
-            duration = (times[-1] - times[0]) * stream.time_base if timed else 0
+            times = sorted(time for time, _, _, cut_away in packets if not cut_away) if trusted(packets, stream) else []
+            count, duration = len(times), (times[-1] - times[0]) * stream.time_base if times else 0
             rate = float((count - 1) / duration if duration else stream.average_rate or 1)
-            chosen = [times[i] for i in choose(count, rate)]
-            found = {}
-            if timed:
-                key_times = [time for time, is_key, _ in packets if is_key and time <= chosen[0]]
-                container.seek(max(key_times, default=times[0]), stream=stream)
-                found = decode_by_time(container, stream, set(chosen))
-        if len(found) < len(set(chosen)):  # also where the key frame was no clean entry
-            container, stream = open_video(path)
-            with container:
-                found = (decode_by_time if timed else decode_by_number)(container, stream, set(chosen))
+            if times:
+                chosen = choose(count, rate)
+                start = max((time for time, _, is_key, _ in packets if is_key and time <= times[chosen[0]]), default=None)
+                found = decode_by_time(container, stream, start, {times[i]: i for i in chosen})
+        if not times or len(found) < len(set(chosen)):
+            count = count_from_start(path, os.path.getsize(path), os.stat(path).st_mtime_ns)
+            chosen = choose(count, rate) if count else []
+            found = decode_from_start(path, chosen)
+            missing = [i for i in chosen if i not in found]
     except (av.FFmpegError, ValueError) as error:
         raise Unreadable(path, getattr(error, "strerror", None) or error) from None
-    missing = [i for i, time in enumerate(times) if time in chosen and time not in found]
-    if missing:
-        raise Unreadable(path, f"frame {missing[0]} of {count} cannot be decoded")
+    if missing or not found:
+        raise Unreadable(path, f"frame {missing[0]} of {count} cannot be decoded" if missing else "no frame can be decoded")
     if len({picture.shape for picture in found.values()}) > 1:
         raise Unreadable(path, "its frames change in size")
-    return Video(np.stack([found[time] for time in chosen]), count, rate)
+    return Video(np.stack([found[i] for i in chosen]), count, rate)
 
 
 def open_video(path):
     """The file as a PyAV container and its video stream."""
     import av
-    # The prefix keeps it from taking a colon in a name for a protocol, and from following a playlist to the network.
-    container = av.open(f"file:{path}", metadata_errors="replace")
-    stream = container.streams.best("video")
+    if not Path(path).is_file():  # a pipe would be waited for
+        raise Unreadable(path, "Is a directory" if Path(path).is_dir() else "No such file")
+    # The prefix keeps it from taking a colon in a name for a protocol.
+    container = av.open(f"file:{path}", metadata_errors="replace", options={"format_whitelist": ",".join(FORMATS)})
+    streams = [stream for stream in container.streams.video  # a song's cover is an attached picture
+               if not stream.disposition & av.stream.Disposition.attached_pic]
+    best = container.streams.best("video")
+    stream = best if best in streams else next(iter(streams), None)
     if stream is None or stream.codec_context is None:
         container.close()
         raise Unreadable(path, "it holds no video" if stream is None else "no decoder knows its video")
+    if stream.codec_context.width * stream.codec_context.height > MOST_PIXELS:
+        container.close()
+        raise Unreadable(path, f"its frames have more than {MOST_PIXELS:,} pixels")
+    stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}  # where the size changes later
     stream.codec_context.thread_count = 1  # the loader's workers are what runs in parallel
     return container, stream
 
 
-def decode_by_time(container, stream, chosen):
-    """Decode from where the container stands to the last of the frames chosen by their times: {time: RGB picture}."""
-    context, awaited, found = stream.codec_context, set(chosen), {}
-    context.open(strict=False)  # some decoders would keep to the first skip_frame that they see
-    for packet in container.demux(stream):
-        # A frame that nobody asked for, and that no other frame refers to, need not be decoded.
-        context.skip_frame = "DEFAULT" if packet.pts in chosen else "NONREF"
-        frames = context.decode(packet)
-        awaited.discard(packet.pts)
-        if not awaited:
-            frames += context.decode(None)  # those that the decoder still holds back
-        for frame in frames:
-            if frame.is_corrupt:  # and so is what builds on it
-                return found
-            if frame.pts in chosen:
-                found[frame.pts] = upright(frame)
-        if not awaited:
-            break
+def trusted(packets, stream):
+    """Whether a container's times can be the identity and order of its frames, by its packets (pts, dts, key, cut)."""
+    times, decoded = [time for time, _, _, _ in packets], [time for _, time, _, _ in packets if time is not None]
+    in_order = None not in times and all(a < b for a, b in zip(times, times[1:]))
+    return (None not in times and len(set(times)) == len(times)  # none missing, none twice
+            and all(a <= b for a, b in zip(decoded, decoded[1:]))  # the clock does not start again
+            and not (in_order and stream.codec_context.has_b_frames)  # they are not the order of decoding
+            and packets[0][2] and times[0] == min(times))  # it begins with a key frame, and nothing is shown before that
+
+
+def decode_by_time(container, stream, start, chosen):
+    """Decode from the key frame at `start` the frames chosen, {time: number}: {number: RGB picture}.
+
+    Ends with fewer where the decoder disagrees with the container: frames that do not ascend in time, or do not begin
+    with a key picture.
+    """
+    import av
+    context, awaited, found, last = stream.codec_context, set(chosen), {}, None
+    if start is None:
+        return found
+    try:
+        container.seek(start, stream=stream)
+        context.open(strict=False)  # some decoders would keep to the first skip_frame that they see
+        for packet in container.demux(stream):
+            if not packet.size and packet.dts is not None:
+                continue  # an empty packet repeats the frame before
+            # A frame that nobody asked for, and that no other frame refers to, need not be decoded.
+            context.skip_frame = "DEFAULT" if packet.pts in chosen else "NONREF"
+            frames = context.decode(packet)
+            awaited.discard(packet.pts)
+            if not awaited:
+                frames += context.decode(None)  # those that the decoder still holds back
+            for frame in frames:
+                agrees = frame.key_frame if last is None else frame.pts is not None and frame.pts > last
+                if frame.is_corrupt or not agrees:
+                    return found
+                last = frame.pts
+                if frame.pts in chosen:
+                    found[chosen[frame.pts]] = upright(frame)
+            if not awaited:
+                break
+    except av.FFmpegError:
+        pass  # the seek, or a damaged frame: counting from the start says which
     return found
 
 
-def decode_by_number(container, stream, chosen):
-    """Decode from the start of the container to the last of the frames chosen by number: {number: RGB picture}."""
+def from_start(path):
+    """Every frame of a video in the order of the decoder; from the first good one on, None for a damaged one."""
+    import av
+    container, stream = open_video(path)
+    with container:
+        begun = False
+        for packet in container.demux(stream):
+            if not packet.size and packet.dts is not None:
+                continue  # an empty packet repeats the frame before
+            try:
+                frames = stream.codec_context.decode(packet)
+            except av.FFmpegError:
+                frames = [None]
+            for frame in frames:
+                good = frame is not None and not frame.is_corrupt
+                begun = begun or good
+                if begun:
+                    yield frame if good else None
+
+
+@functools.lru_cache(maxsize=None)
+def count_from_start(path, size, modified):
+    """How many frames decoding finds, to the last good one. It is remembered while size and modified are the same."""
+    return max((i + 1 for i, frame in enumerate(from_start(path)) if frame is not None), default=0)
+
+
+def decode_from_start(path, chosen):
+    """Decode to the last of the frames chosen by number, or to the first damaged one: {number: RGB picture}."""
     found = {}
-    for i, frame in enumerate(container.decode(stream)):
-        if frame.is_corrupt or len(found) == len(chosen):
+    for i, frame in enumerate(from_start(path)):
+        if frame is None or len(found) == len(set(chosen)):
             break
         if i in chosen:
             found[i] = upright(frame)
@@ -149,7 +214,11 @@ def read_image(path):
     eight stay, of an animation the first picture; EXIF orientation is left alone, as everywhere with ImageNet.
     """
     try:
-        with Image.open(path) as image:
+        if not Path(path).is_file():
+            raise FileNotFoundError("No such file")
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"it has more than {MOST_PIXELS:,} pixels")
             if image.mode.startswith("I"):  # Pillow would clip to the lower eight bits
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             elif image.mode in ("P", "PA"):  # straight to RGB, Pillow warns of lost transparency
@@ -327,28 +396,26 @@ class Batches:
         self.sources, self.size, self.seed, self.make_masks = sources, size, config.seed, make_masks
         self.unreadable, self.alike = Path(config.out, "unreadable.txt"), config.as_released
         each = config.batch // (size * ranks)  # micro-batches of a rank
-        self.mine, count = range(rank * each, (rank + 1) * each), config.steps * config.batch
-        draw = generator_for(config.seed, ORDER, 0, 0)
-        source = torch.multinomial(torch.tensor(weights, dtype=torch.float64), count, True, generator=draw)
-        lengths = torch.tensor([len(source) for source in sources])
-        item = (torch.rand(count, dtype=torch.float64, generator=draw) * lengths[source]).long()
-        generated = hasattr(sources[0], "clips")
-        self.items = torch.stack((source, torch.arange(count) if generated else item)).view(2, config.steps, -1)
+        self.mine, self.batch, self.steps = range(rank * each, (rank + 1) * each), config.batch, config.steps
+        self.weights = torch.tensor(weights, dtype=torch.float64)
+        self.lengths = torch.tensor([len(source) for source in sources])
 
     def __len__(self):
-        return self.items.shape[1]
+        return self.steps
 
     def __getitem__(self, step):
+        draw = generator_for(self.seed, ORDER, step, 0)
+        sources = torch.multinomial(self.weights, self.batch, replacement=True, generator=draw)
+        items = (torch.rand(self.batch, dtype=torch.float64, generator=draw) * self.lengths[sources]).long()
         micro_batches = []
         for j in self.mine:
             places = range(j * self.size, (j + 1) * self.size)  # in the batch of the step
-            sources, items = self.items[:, step, places.start:places.stop]
             if hasattr(self.sources[0], "clips"):
-                clips = self.sources[0].clips(items)
+                clips = self.sources[0].clips([step * self.batch + place for place in places])
             else:
                 clips = torch.stack([
-                    self.readable_clip(self.sources[source], item, generator_for(self.seed, CLIP, step, place))
-                    for source, item, place in zip(sources.tolist(), items.tolist(), places)])
+                    self.readable_clip(self.sources[sources[place]], items[place].item(),
+                                       generator_for(self.seed, CLIP, step, place)) for place in places])
             # The released code draws the same positions on every GPU (README, departure 11).
             positions = generator_for(self.seed, MASK, step, 0 if self.alike else j)
             micro_batches.append((clips, self.make_masks(clips, positions, generator_for(self.seed, SIZE, step, 0))))
@@ -367,12 +434,20 @@ class Batches:
         raise ValueError(f"{MAX_UNREADABLE} files of {source.name} in a row cannot be read, the last is {last}")
 
 
+def start_worker(_):
+    """A loader's worker leaves Ctrl-C and SIGTERM to the run, which saves and then ends it; and it keeps no lock."""
+    for number_of_signal in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number_of_signal, signal.SIG_IGN)
+    for handle in HELD:
+        os.close(handle)
+
+
 def loader(batches, start=0, workers=0, device=torch.device("cpu")):
     """The batches from step `start` on, prepared by so many processes (their torch runs one thread each), in memory
     that the device copies from while it computes."""
     # With a generator of its own, the loader leaves the global one alone: a resumed run must not find it moved.
     return DataLoader(batches, batch_size=None, sampler=range(start, len(batches)), num_workers=workers,
-                      pin_memory=device.type == "cuda", generator=torch.Generator())
+                      worker_init_fn=start_worker, pin_memory=device.type == "cuda", generator=torch.Generator())
 
 
 # --------------------------------------------------------------------------------------------------- your own videos

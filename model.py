@@ -7,6 +7,9 @@ Shapes used in every file
     n, k        visible and masked tokens of one mask
     D           encoder width; an encoder gives LEVELS = 4 levels side by side, hence 4D channels
 """
+import pickle
+import zipfile
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -220,6 +223,29 @@ THEIR_NAMES = {"embed.": "patch_embed.proj.", "video": "video_mod_embed", "norms
 UNUSED = {"patch_embed_img.proj.weight", "patch_embed_img.proj.bias", "img_mod_embed"}  # for single images
 
 
+def load_tensors(path):
+    """What torch.save wrote to a file, as far as that is tensors, numbers and text: no code from the file ever runs.
+
+    Raises FileNotFoundError, or ValueError in one sentence for any other file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    is_archive = zipfile.is_zipfile(path)
+    try:
+        damaged = zipfile.ZipFile(path).testzip() if is_archive else None
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the bytes of another file lead to
+        with open(path, "rb") as file:
+            start = file.read(16)
+        reason = ("is a safetensors file; save its tensors by torch.save" if start[8:10] == b'{"' else
+                  "holds other objects than tensors; save a dict of tensors" if is_archive
+                  and isinstance(error, pickle.UnpicklingError) else "is not a file of torch.save, or was cut short")
+        raise ValueError(f"{path} {reason}") from None
+    if damaged:
+        raise ValueError(f"{path} is damaged: the checksum of its part {damaged} is wrong")
+    return content
+
+
 def load_vjepa(path, *wanted):
     """The encoder of a V-JEPA 2.1 checkpoint. wanted: its model size, patch and tubelet, where they must be certain ones.
 
@@ -227,12 +253,7 @@ def load_vjepa(path, *wanted):
     there is taken. Every weight must be there and fit, and none may be left over, except those for single images.
     Raises FileNotFoundError, or ValueError for any other file.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)  # tensors only: runs no code from the file
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there are no weights at {path}") from None
-    except Exception:  # whatever the bytes of another file lead to
-        raise ValueError(f"{path} is not a file of weights, or was cut short") from None
+    content = load_tensors(path)
     networks = content if isinstance(content, dict) else {}
     chosen = next((key for key in ("ema_encoder", "target_encoder", "encoder") if key in networks), None)
     if chosen is None or not isinstance(networks[chosen], dict):

@@ -33,9 +33,9 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import data
-from model import SIZES, Encoder, load_vjepa, token_grid
+from model import SIZES, Encoder, load_tensors, load_vjepa, token_grid
 from objectives import Masking, motion_map, sample_masks
-from synthetic import DIRECTIONS, FACTORS, Shapes, command, number, read_json, write_image, write_json
+from synthetic import DIRECTIONS, FACTORS, Shapes, command, locked, number, read_json, write_image, write_json
 
 HELD_OUT = 1_000_003  # seeds of the probes' clips: far from those of any training run
 WEIGHT_DECAY = 0.01
@@ -95,13 +95,7 @@ class Frozen(NamedTuple):
 
 def load_checkpoint(path):
     """The dict that train.py saved. Raises ValueError or FileNotFoundError, in one sentence, for anything else."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"there is no checkpoint at {path}; train.py writes one as last.pt in its run folder")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # tensors only: runs no code from the file
-    except Exception:  # whatever the bytes of another file lead to
-        raise ValueError(f"{path} is not a checkpoint, or was cut short; train.py writes one as last.pt in its run "
-                         "folder") from None
+    checkpoint = load_tensors(path)
     parts = {"config", "definition", "evaluated", "step", "optimizer", "encoder", "target", "predictor", "heads"}
     if not isinstance(checkpoint, dict) or not parts <= checkpoint.keys():
         raise ValueError(f"{path} was not written by this version of train.py; train it again")
@@ -364,21 +358,22 @@ def open_features(path, shape, identity):
 
     Goes on with the file that is there if its note tells of the same identity; starts anew otherwise.
     """
-    note = path.with_suffix(".json")
-    before = read_json(note)
-    if before.get("identity") == identity:
-        try:
-            np.load(path, mmap_mode="r")  # "r+" would fill up a file that was cut short with zeros
+    note, fresh = path.with_suffix(".json"), {"identity": identity, "done": 0, "unreadable": []}
+    try:
+        before = read_json(note)
+        features = np.load(path, mmap_mode="r")  # "r+" would fill up a file that was cut short with zeros
+        same = before.keys() == fresh.keys() and before["identity"] == identity
+        if same and (features.shape, features.dtype) == (shape, np.float16):
             return np.load(path, mmap_mode="r+"), before
-        except (FileNotFoundError, EOFError, ValueError):
-            pass
+    except (OSError, EOFError, ValueError):
+        pass
     note.unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "r+b") as file:
+        if hasattr(os, "posix_fallocate"):  # a full disk would kill whoever writes to mapped memory
+            os.posix_fallocate(file.fileno(), 0, 2 * math.prod(shape) + 4096)
     features = np.lib.format.open_memmap(path, "w+", np.float16, shape)
-    begun = {"identity": identity, "done": 0, "unreadable": []}
-    write_json(note, begun)  # a second probe of the same clips then fills the same file, instead of taking it away
-    return features, begun
+    write_json(note, fresh)
+    return features, fresh
 
 
 def extract(frozen, source, name, pooled, workers):
@@ -393,13 +388,30 @@ def extract(frozen, source, name, pooled, workers):
     encoder, path = frozen.encoder, frozen.folder / f"features-{name}.npy"
     tokens = math.prod(token_grid(source.frames, source.crop, source.crop, encoder.patch, encoder.tubelet))
     shape = (len(source), 1 if pooled else tokens, encoder.video.shape[-1])
-    files = [os.path.getsize(path) if os.path.exists(path) else None for path in source.paths]
+    files = [(os.path.getsize(path), os.stat(path).st_mtime_ns) if os.path.exists(path) else None for path in source.paths]
     code = [Path(__file__).with_name(each).read_text() for each in ("model.py", "data.py", "synthetic.py")]
-    features, note = open_features(path, shape, fingerprint(
-        *weights_of(encoder), source.paths, files, source.labels, code, source.frames, source.crop, shape))
+    identity = fingerprint(*weights_of(encoder), source.paths, files, source.labels, code, source.frames, source.crop)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    with locked(path):
+        features, note = open_features(path, shape, identity)
+        fill(features, note, encoder, source, name, path.with_suffix(".json"), workers)
+    unreadable = note["unreadable"]
+    if len(unreadable) == len(source):
+        raise ValueError(f"no clip of {name} can be read; the first is {unreadable[0][1]}")
+    if unreadable:
+        print(f"{len(unreadable):,} of {len(source):,} clips of {name} cannot be read and are left out; to try them "
+              f"again, delete {path}")
+    lost = {item for item, _ in unreadable}
+    labels = [label for item, label in enumerate(source.labels) if item not in lost]
+    return Labelled(features[:len(labels)], torch.tensor(labels)), note
+
+
+def fill(features, note, encoder, source, name, note_path, workers):
+    """Compute the features that are not done yet, and note from time to time what is."""
     unreadable = note["unreadable"]  # [item, sentence] each
     batches = DataLoader(range(len(source)), BATCH, sampler=range(note["done"], len(source)), num_workers=workers,
-                         collate_fn=functools.partial(data.read_all, source=source))
+                         collate_fn=functools.partial(data.read_all, source=source), worker_init_fn=data.start_worker)
     with tqdm(total=len(source), initial=note["done"], desc=f"features of {name}", unit="clip", disable=None) as bar:
         for count, clips in enumerate(batches, start=1):
             row = note["done"] - len(unreadable)
@@ -409,21 +421,13 @@ def extract(frozen, source, name, pooled, workers):
             clips = [clip for clip in clips if torch.is_tensor(clip)]
             if clips:
                 found = last_level(encoder, torch.stack(clips))  # (b, N, D)
-                found = (found.mean(1, keepdim=True) if pooled else found).half()
+                found = (found.mean(1, keepdim=True) if features.shape[1] == 1 else found).half()
                 if not found.isfinite().all():
                     raise ValueError(f"features of {name} are not finite in float16; did the training run diverge?")
                 features[row:row + len(clips)] = found.cpu().numpy()
             if count % SAVE_EVERY == 0 or note["done"] == len(source):
                 features.flush()
-                write_json(path.with_suffix(".json"), note)
-    if len(unreadable) == len(source):
-        raise ValueError(f"no clip of {name} can be read; the first is {unreadable[0][1]}")
-    if unreadable:
-        print(f"{len(unreadable):,} of {len(source):,} clips of {name} cannot be read and are left out; to try them "
-              f"again, delete {path}")
-    lost = {item for item, _ in unreadable}
-    labels = [label for item, label in enumerate(source.labels) if item not in lost]
-    return Labelled(features[:len(labels)], torch.tensor(labels)), note
+                write_json(note_path, note)
 
 
 # ---------------------------------------------------------------------------------------------------------- results

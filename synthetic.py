@@ -4,13 +4,15 @@
 `python synthetic.py --write DIR` writes either of them as video files with a list, `videos.csv`.
 """
 import argparse
+import contextlib
+import fcntl
 import functools
 import io
 import json
-import math
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -151,18 +153,22 @@ def write_video(path, clip, fps, codec="libx264"):
 
 def write_dataset(folder, source, count, fps):
     """Write items 0 to count-1 of a source as mp4 files, and `videos.csv` with a line "path label" for each."""
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; choose another folder")
-    unfinished, lines = folder.with_name(f"{folder.name}.unfinished"), []
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a command that was stopped
-    unfinished.mkdir(parents=True)
-    for item in tqdm(range(count), desc=f"writing to {folder}", unit="clip"):
-        clip, label = source.video(item)
-        write_video(unfinished / f"{item:06d}.mp4", clip, fps)
-        lines.append(f"{item:06d}.mp4 {label}\n")
-    (unfinished / "videos.csv").write_text("".join(lines))
-    unfinished.replace(folder)
+    folder, lines = Path(folder), []
+    if folder.is_symlink() or os.path.ismount(folder) or folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not a new or empty folder; choose another")
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    # Its own name: a folder that lies beside may be somebody's. Renamed when whole, removed when not.
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.absolute().parent))
+    try:
+        for item in tqdm(range(count), desc=f"writing to {folder}", unit="clip", disable=None):
+            clip, label = source.video(item)
+            write_video(unfinished / f"{item:06d}.mp4", clip, fps)
+            lines.append(f"{item:06d}.mp4 {label}\n")
+        (unfinished / "videos.csv").write_text("".join(lines))
+        unfinished.chmod(0o755)
+        unfinished.replace(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------- files, and what commands share
@@ -170,13 +176,49 @@ def write_dataset(folder, source, count, fps):
 
 def write_file(path, content):
     """Write bytes under a temporary name, then rename: a reader sees the old file or the new one, never a half."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # the name that a user knows
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path, content):
     write_file(path, json.dumps(content, indent=1).encode())
+
+
+def read_json(path):
+    """The dict that a JSON file holds, an empty one where there is no file. Raises ValueError for a damaged file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged; put the whole file back, or delete it")
+    return content
+
+
+HELD = []  # locks, which a loader's worker must not inherit
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Hold a folder or file for this process alone; the kernel lets go when the process ends, however that is."""
+    handle = os.open(path, os.O_RDONLY)
+    HELD.append(handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"another process is at work on {path}; wait until it ends, or stop it") from None
+    finally:
+        HELD.remove(handle)
+        os.close(handle)
 
 
 def write_image(path, image):
@@ -185,14 +227,6 @@ def write_image(path, image):
     image.save(buffer, "png")
     write_file(path, buffer.getvalue())
     print(f"written to {path}")
-
-
-def read_json(path):
-    """What a JSON file of `write_json` holds; an empty dict where there is none, or it is damaged."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (FileNotFoundError, TypeError, ValueError):
-        return {}
 
 
 def command(program, smaller, stopped="stopped"):
@@ -209,26 +243,28 @@ def command(program, smaller, stopped="stopped"):
                 return main(arguments) or 0
             except KeyboardInterrupt:
                 status, sentence = 130, stopped
-            except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
+            except (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError) as error:
+                message = str(error).strip() or type(error).__name__
                 # An error in a loader's worker comes with the worker's traceback; its last line is what happened.
-                message = str(error).strip()
                 sentence = message.splitlines()[-1].removeprefix("ValueError: ")
-                if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in message:
+                if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in message:
                     sentence = f"there is too little memory; give a smaller {smaller}"
-                elif "DataLoader worker" in message:
+                elif message.startswith("DataLoader worker (pid"):
                     sentence = ("a loader process was killed, most likely for lack of memory; give fewer --workers, or "
                                 "more shared memory (in Docker: --shm-size)")
                 elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                     sentence = f"torch cannot compile here ({message.splitlines()[0]}); --no-compile does without"
                 elif isinstance(error, RuntimeError):
                     raise
+                elif isinstance(error, OSError) and error.filename:
+                    sentence = f"{error.filename}: {error.strerror}"
             print(f"{program}: {sentence}", file=sys.stderr)
             return status
         return run
     return decorate
 
 
-def number(least, most=math.inf, kind=int):
+def number(least, most=10 ** 9, kind=int):
     """The type of a flag: a number from least to most."""
     def convert(text):
         if not least <= kind(text) <= most:

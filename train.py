@@ -5,7 +5,6 @@ import csv
 import functools
 import io
 import json
-import math
 import os
 import signal
 import sys
@@ -25,10 +24,10 @@ from data import MAX_BROKEN
 from model import SIZES, Block, Encoder, Predictor, level_normalise, load_vjepa, token_grid
 from objectives import (ABLATIONS, OBJECTIVES, MaskOutputs, Outputs, coefficients, losses, make_heads, mean_over_ranks,
                         middle_pixels, motion_map, objective_list, released_form, sample_masks, without)
-from synthetic import WORLDS, Shapes, command, number, read_json, write_file, write_json
+from synthetic import WORLDS, Shapes, command, locked, number, read_json, write_file, write_json
 
 
-def setting(default, meaning, least=None, most=math.inf, choices=None):
+def setting(default, meaning, least=None, most=10 ** 9, choices=None):
     """A field of `Config`, and so a flag. choices: a function, since tables may grow before flags are read."""
     return field(default=default, metadata=dict(help=f"{meaning} [{default}]", least=least, most=most, choices=choices))
 
@@ -211,30 +210,49 @@ NOT_COMPUTED = ("out", "device", "compile", "workers", "save_every", "max_broken
 
 
 def open_run(config, objective, resume):
-    """Make the run folder; returns the checkpoint to go on from, or None. A run that has done a step is kept."""
+    """Judge the run folder; returns the checkpoint to go on from, or None. A run that has done a step is kept.
+
+    Raises ValueError, before anything is written, for a folder that holds something else than the beginning of this run.
+    """
     folder = Path(config.out)
     # The objective itself goes in beside its name: its coefficients may change between two versions of a file.
     content = json.loads(json.dumps({**asdict(config), "definition": asdict(objective)}))
     begun = any((folder / name).exists() and (folder / name).stat().st_size for name in ("last.pt", "metrics.csv"))
-    if begun:
-        before = read_json(folder / "config.json")
-        different = [name for name in content if name not in NOT_COMPUTED and before.get(name) != content[name]]
-        if different:
-            raise ValueError(f"{folder} holds a different run ({', '.join(different)} differ); choose another --out")
-        if not resume:
-            raise ValueError(f"{folder} holds this run already; add --resume to go on with it, or choose another --out")
-    elif folder.exists() and {path.name for path in folder.iterdir()} - {"config.json", "metrics.csv"}:
+    if not begun and folder.exists() and {path.name for path in folder.iterdir()} - {"config.json", "metrics.csv"}:
         raise ValueError(f"{folder} holds something that is not a run; choose another --out")
+    checkpoint, there = None, {"config.json": read_json(folder / "config.json")} if begun else {}
+    if begun and not resume and there["config.json"]:
+        raise ValueError(f"{folder} holds a run already; add --resume to go on with it, or choose another --out")
+    if (folder / "last.pt").exists():
+        checkpoint = probe.load_checkpoint(folder / "last.pt")
+        there["last.pt"] = {**checkpoint["config"], "definition": json.loads(json.dumps(checkpoint["definition"]))}
+    for name, before in there.items():
+        different = [key for key in content if key not in NOT_COMPUTED and before.get(key) != content[key]]
+        if different:
+            raise ValueError(f"{folder / name} is of a different run ({', '.join(different)} differ); choose another --out")
+    if checkpoint and not 0 < checkpoint["step"] <= config.steps:
+        raise ValueError(f"{folder}/last.pt says step {checkpoint['step']} of {config.steps}; it is damaged")
+    metrics = kept_metrics(folder / "metrics.csv", checkpoint["step"] if checkpoint else 0, config)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", content)
-    return probe.load_checkpoint(folder / "last.pt") if (folder / "last.pt").exists() else None
+    write_file(folder / "metrics.csv", metrics.encode())
+    return checkpoint
 
 
-def cut_back(metrics, first_step):
-    """Drop the lines of metrics.csv from first_step on, and half ones: they are about to be computed again."""
-    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) < first_step]
-    write_file(metrics, "".join(lines[:1] + kept if kept else []).encode())
+def kept_metrics(path, first_step, config):
+    """The lines of metrics.csv before first_step; those after it, and half ones, are about to be computed again.
+
+    Raises ValueError where one is missing or damaged.
+    """
+    header, *lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else [""]
+    kept = [line for line in lines if line.endswith("\n") and line.split(",")[0].isdigit()
+            and int(line.split(",")[0]) < first_step]
+    wanted = [step for step in range(first_step) if step % config.log_every == 0 or step + 1 == config.steps]
+    whole = all(line.count(",") == header.count(",") for line in kept) and header.startswith("step,")
+    if [int(line.split(",")[0]) for line in kept] != wanted or kept and not whole:
+        raise ValueError(f"{path} is damaged: it should hold a line every {config.log_every} steps up to step "
+                         f"{first_step}; put the whole file back, or choose another --out")
+    return "".join([header, *kept]) if kept else ""
 
 
 def report(folder, row, bar, config):
@@ -346,10 +364,18 @@ class Trainer:
         write_file(folder / "last.pt", buffer.getvalue())
 
     def load(self, checkpoint):
-        """Take over a checkpoint; returns the first step to do."""
-        for part in self.PARTS:
-            getattr(self.model, part).load_state_dict(checkpoint[part])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        """Take over a checkpoint; returns the first step to do. Raises ValueError where it does not fit the networks."""
+        try:
+            for part in self.PARTS:
+                getattr(self.model, part).load_state_dict(checkpoint[part])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            learning = [*self.model.encoder.parameters(), *self.model.predictor.parameters()]  # a head may be detached
+            fits = all(self.optimizer.state[p][name].shape == p.shape for p in learning for name in ("exp_avg", "exp_avg_sq"))
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError(f"{self.config.out}/last.pt does not fit the networks of this run; it is damaged, or of "
+                             "another version of model.py")
         return checkpoint["step"]
 
 
@@ -400,31 +426,25 @@ def start_ranks(config):
     return dist.get_rank(), ranks, device
 
 
-def prepare(config, rank, ranks, device, resume):
-    """The trainer, its batches, the run folder and the first step to do. What is refused leaves nothing behind."""
+def prepare(config, rank, ranks, device):
+    """The trainer and its batches. What can be refused without a run folder is refused here."""
     sources = training_sources(config)  # before the networks, which take seconds: a wrong path is said at once
     trainer = Trainer(config, device, ranks)
     make_masks = functools.partial(masks_of_clips, grid=config.grid, masking=trainer.objective.masking)
     batches = data.Batches(*sources, config, make_masks, rank, ranks)
     clips = torch.zeros(batches.size, 3, config.frames, config.crop, config.crop, dtype=torch.uint8)
     make_masks(clips, torch.Generator(), torch.Generator())  # refuses a grid or a micro-batch that is too small
-    checkpoint = [open_run(config, trainer.objective, resume) if rank == 0 else None]
-    if ranks > 1:
-        dist.broadcast_object_list(checkpoint)
-    return trainer, batches, trainer.load(checkpoint[0]) if checkpoint[0] else 0
+    return trainer, batches
 
 
-def train(config, resume=False):
-    """Run a Config to its end, or to a signal; returns 0, or that signal's number."""
-    rank, ranks, device = start_ranks(config)
-    trainer, batches, start = prepare(config, rank, ranks, device, resume)
-    folder, stopping = Path(config.out), 0
-    if rank == 0:
-        cut_back(folder / "metrics.csv", start)
+def run_steps(trainer, batches, start, rank):
+    """Train from step `start` to the end, or to a signal; returns the last step, and the signal's number or 0."""
+    config, folder, stopping = trainer.config, Path(trainer.config.out), 0
     bar = tqdm(total=config.steps * config.batch, initial=start * config.batch, unit="clip", desc=config.objective,
                file=sys.stdout, disable=True if rank else None)  # None: where there is no terminal
+    step = config.steps - 1
     with StopSignal() as stop, bar:
-        for step, micro_batches in enumerate(data.loader(batches, start, config.workers, device), start):
+        for step, micro_batches in enumerate(data.loader(batches, start, config.workers, trainer.device), start):
             losses, h, gradient_norm = trainer.step(step, micro_batches)
             bar.update(config.batch)
             last, stopping = step + 1 == config.steps, stop.agreed()
@@ -441,11 +461,27 @@ def train(config, resume=False):
                 trainer.save(folder, step + 1)
             if stopping:
                 break
+    return step, stopping
+
+
+def train(config, resume=False):
+    """Run a Config to its end, or to a signal; returns 0, or that signal's number."""
+    rank, ranks, device = start_ranks(config)
+    trainer, batches = prepare(config, rank, ranks, device)
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder) if rank == 0 else nullcontext():
+        checkpoint = [open_run(config, trainer.objective, resume) if rank == 0 else None]
+        if ranks > 1:
+            dist.broadcast_object_list(checkpoint)
+        start = trainer.load(checkpoint[0]) if checkpoint[0] else 0
+        del checkpoint  # as large as the networks and their optimizer
+        step, stopping = run_steps(trainer, batches, start, rank)
+        if rank == 0 and not stopping:
+            finish(trainer, folder)
     if rank == 0:
         if stopping:
             print(f"stopped after step {step}; the same command with --resume goes on from there")
-        else:
-            finish(trainer, folder)
         if (folder / "unreadable.txt").exists():
             print(f"some files could not be read; {folder}/unreadable.txt names them")
         print(f"run folder: {folder}")
@@ -488,11 +524,13 @@ def parse(arguments):
     parser.add_argument("--list", action="store_true", help="print the named objectives and stop")
     parser.add_argument("--resume", action="store_true", help="continue the run in its folder")
     for item in fields(Config):
-        how = item.metadata
-        kind = {"action": argparse.BooleanOptionalAction} if item.type is bool else {
-            "type": item.type if how["least"] is None else number(how["least"], how["most"], item.type),
-            "choices": how["choices"] and list(how["choices"]()), "metavar": item.type.__name__.upper()}
-        parser.add_argument("--" + item.name.replace("_", "-"), help=how["help"], default=None, **kind)
+        how, name = item.metadata, "--" + item.name.replace("_", "-")
+        if item.type is bool:
+            parser.add_argument(name, help=how["help"], default=None, action=argparse.BooleanOptionalAction)
+        else:
+            kind = item.type if how["least"] is None else number(how["least"], how["most"], item.type)
+            parser.add_argument(name, help=how["help"], type=kind, choices=how["choices"] and list(how["choices"]()),
+                                metavar=item.type.__name__.upper())
     flags = parser.parse_args(arguments)
     chosen = {item.name: getattr(flags, item.name) for item in fields(Config) if getattr(flags, item.name) is not None}
     config = Config(**{**PRESETS[chosen.get("preset", Config.preset)], **chosen})
