@@ -1,23 +1,21 @@
-"""Clips for training and evaluation: decoding, windows, transforms, batches, public datasets, your own lists.
+"""Clips for training and evaluation: decoding, windows, resizing, batches, your own lists, four public datasets.
 
     python data.py --check DIR    what of the four datasets lies in DIR, whole or broken, and what it can train
 
-Nothing here knows the method. A source of clips, such as `Videos`, has
-    len(source), source.name, source.paths, source.labels    labels: whole numbers from 0, or None
-    source.clip(item, generator)        a random clip for training, uint8 [3, T, crop, crop]
-    source.evaluation_clip(item)        the clip for evaluation, always the same, uint8 [3, T, crop, crop]
-Generated clips cannot fail, and are made by the batch: `source.clips(items)`, uint8 [B, 3, T, crop, crop].
-Clips stay uint8 until `normalise`: workers hand over, and the GPU copies, a quarter of the bytes.
+Nothing here knows the method. Clips stay uint8 until `normalise`: workers hand over a quarter of the bytes.
 """
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
 import re
 import shlex
 import signal
+import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -26,25 +24,25 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
 from tqdm import tqdm
 
 from synthetic import HELD, Blobs, command, number
 
-# ------------------------------------------------------------------------------------------------------- decoding
-
-# What is opened as a video: demuxers, none of which follows other files, with the suffixes of their files.
-FORMATS = {"mov": ".mp4 .m4v .mov .3gp .3g2", "matroska": ".mkv .webm", "avi": ".avi", "mpeg": ".mpg .mpeg .vob",
-           "mpegts": ".ts .mts .m2ts", "ogg": ".ogv", "flv": ".flv .f4v", "asf": ".wmv .asf", "gif": ".gif",
-           "h264": ".h264", "hevc": ".hevc", "m4v": "", "mpegvideo": ".m2v"}
-SUFFIXES = " ".join(FORMATS.values()).split()
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")  # Pillow would start Ghostscript for others
+# What is opened: demuxers, none of which follows other files, and images, with the suffixes of their files.
+VIDEO_FORMATS = {"mov": ".mp4 .m4v .mov .3gp .3g2", "matroska": ".mkv .webm", "avi": ".avi", "mpeg": ".mpg .mpeg .vob",
+                 "mpegts": ".ts .mts .m2ts", "ogg": ".ogv", "flv": ".flv .f4v", "asf": ".wmv .asf", "gif": ".gif",
+                 "h264": ".h264"}
+VIDEOS = " ".join(VIDEO_FORMATS.values()).split()
+IMAGE_FORMATS = ["JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP"]  # for others Pillow would start Ghostscript
+IMAGES = ".jpg .jpeg .png .bmp .ppm .pgm .tif .tiff .webp".split()
 MOST_PIXELS = 7680 * 4320  # of a frame: a small file can hold huge ones
+
+# ------------------------------------------------------------------------------------------------------- decoding
 
 
 class Unreadable(Exception):
-    """A video or an image that gives no clip."""
+    """A file that gives no clip, and the reason."""
 
     def __init__(self, path, reason):
         super().__init__(f"{path}: {reason}")
@@ -64,81 +62,73 @@ def read_video(path, choose):
     Frame i is the i-th in order of presentation, however long each lasts. The file is passed over once without
     decoding, for the exact count, since many containers give none or a wrong one. Then comes one seek, to the last key
     frame before the first frame chosen, and the decoding of what lies between. That trusts the container's times and
-    key frames; where the decoder finds otherwise, frames are counted by decoding from the start, in `from_start`.
+    key frames; where the decoder finds otherwise, frames are counted by decoding from the start.
     Raises Unreadable for a file that is missing, broken, or without the frames chosen.
     """
     import av  # only where a video is opened: all else runs without it
-    found, missing = {}, []
     try:
         container, stream = open_video(path)
         with container:
             packets = [(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
                        for packet in container.demux(stream) if packet.size and not packet.is_corrupt]
-            if not packets:
-                raise Unreadable(path, "it holds no frames")
             times = sorted(time for time, _, _, cut_away in packets if not cut_away) if trusted(packets, stream) else []
             count, duration = len(times), (times[-1] - times[0]) * stream.time_base if times else 0
             rate = float((count - 1) / duration if duration else stream.average_rate or 1)
-            if times:
-                chosen = choose(count, rate)
-                start = max((time for time, _, is_key, _ in packets if is_key and time <= times[chosen[0]]), default=None)
-                found = decode_by_time(container, stream, start, {times[i]: i for i in chosen})
-        if not times or len(found) < len(set(chosen)):
+            chosen = choose(count, rate) if times else []
+            keys = [time for time, _, is_key, _ in packets if is_key and chosen and time <= times[chosen[0]]]
+            found = decode_by_time(container, stream, max(keys), {times[i]: i for i in chosen}) if keys else {}
+        if len(found) < len(set(chosen)) or not chosen:
             count = count_from_start(path, os.path.getsize(path), os.stat(path).st_mtime_ns)
-            chosen = choose(count, rate) if count else []
+            chosen = choose(count, rate) if count else [0]
             found = decode_from_start(path, chosen)
-            missing = [i for i in chosen if i not in found]
     except (av.FFmpegError, ValueError) as error:
         raise Unreadable(path, getattr(error, "strerror", None) or error) from None
-    if missing or not found:
-        raise Unreadable(path, f"frame {missing[0]} of {count} cannot be decoded" if missing else "no frame can be decoded")
+    for i in chosen:
+        if i not in found:
+            raise Unreadable(path, f"frame {i} of {count} cannot be decoded")
     if len({picture.shape for picture in found.values()}) > 1:
         raise Unreadable(path, "its frames change in size")
     return Video(np.stack([found[i] for i in chosen]), count, rate)
 
 
 def open_video(path):
-    """The file as a PyAV container and its video stream."""
+    """The file as a PyAV container and its video stream. Raises Unreadable where it has none that can be read."""
     import av
     if not Path(path).is_file():  # a pipe would be waited for
         raise Unreadable(path, "Is a directory" if Path(path).is_dir() else "No such file")
     # The prefix keeps it from taking a colon in a name for a protocol.
-    container = av.open(f"file:{path}", metadata_errors="replace", options={"format_whitelist": ",".join(FORMATS)})
+    container = av.open(f"file:{path}", metadata_errors="replace", options={"format_whitelist": ",".join(VIDEO_FORMATS)})
     streams = [stream for stream in container.streams.video  # a song's cover is an attached picture
                if not stream.disposition & av.stream.Disposition.attached_pic]
     best = container.streams.best("video")
     stream = best if best in streams else next(iter(streams), None)
-    if stream is None or stream.codec_context is None:
+    context = stream and stream.codec_context
+    reason = ("it holds no video" if stream is None else "no decoder knows its video" if context is None else
+              f"a frame has more than {MOST_PIXELS:,} pixels" if context.width * context.height > MOST_PIXELS else None)
+    if reason:
         container.close()
-        raise Unreadable(path, "it holds no video" if stream is None else "no decoder knows its video")
-    if stream.codec_context.width * stream.codec_context.height > MOST_PIXELS:
-        container.close()
-        raise Unreadable(path, f"its frames have more than {MOST_PIXELS:,} pixels")
-    stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}  # where the size changes later
-    stream.codec_context.thread_count = 1  # the loader's workers are what runs in parallel
+        raise Unreadable(path, reason)
+    context.options = {"max_pixels": str(MOST_PIXELS)}  # where the size changes later
+    context.thread_count = 1  # the loader's workers are what runs in parallel
     return container, stream
 
 
 def trusted(packets, stream):
     """Whether a container's times can be the identity and order of its frames, by its packets (pts, dts, key, cut)."""
-    times, decoded = [time for time, _, _, _ in packets], [time for _, time, _, _ in packets if time is not None]
-    in_order = None not in times and all(a < b for a, b in zip(times, times[1:]))
-    return (None not in times and len(set(times)) == len(times)  # none missing, none twice
-            and all(a <= b for a, b in zip(decoded, decoded[1:]))  # the clock does not start again
-            and not (in_order and stream.codec_context.has_b_frames)  # they are not the order of decoding
-            and packets[0][2] and times[0] == min(times))  # it begins with a key frame, and nothing is shown before that
+    times, decoded = [packet[0] for packet in packets], [packet[1] for packet in packets if packet[1] is not None]
+    if not packets or None in times or len(set(times)) < len(times) or decoded != sorted(decoded):
+        return False  # missing, equal, or the clock starts again
+    in_order = times == sorted(times)  # though frames are stored out of order: these are times of decoding
+    return packets[0][2] and times[0] == min(times) and not (in_order and stream.codec_context.has_b_frames)
 
 
 def decode_by_time(container, stream, start, chosen):
     """Decode from the key frame at `start` the frames chosen, {time: number}: {number: RGB picture}.
 
-    Ends with fewer where the decoder disagrees with the container: frames that do not ascend in time, or do not begin
-    with a key picture.
+    Fewer where the decoder disagrees with the container: frames do not ascend in time, or do not begin with a key frame.
     """
     import av
     context, awaited, found, last = stream.codec_context, set(chosen), {}, None
-    if start is None:
-        return found
     try:
         container.seek(start, stream=stream)
         context.open(strict=False)  # some decoders would keep to the first skip_frame that they see
@@ -161,19 +151,19 @@ def decode_by_time(container, stream, start, chosen):
             if not awaited:
                 break
     except av.FFmpegError:
-        pass  # the seek, or a damaged frame: counting from the start says which
+        pass  # of the seek, or a damaged frame: counting from the start says which
     return found
 
 
 def from_start(path):
-    """Every frame of a video in the order of the decoder; from the first good one on, None for a damaged one."""
+    """Every frame of a video in the decoder's order; from the first good one on, None for a damaged one."""
     import av
     container, stream = open_video(path)
     with container:
         begun = False
         for packet in container.demux(stream):
             if not packet.size and packet.dts is not None:
-                continue  # an empty packet repeats the frame before
+                continue
             try:
                 frames = stream.codec_context.decode(packet)
             except av.FFmpegError:
@@ -188,18 +178,13 @@ def from_start(path):
 @functools.lru_cache(maxsize=None)
 def count_from_start(path, size, modified):
     """How many frames decoding finds, to the last good one. It is remembered while size and modified are the same."""
-    return max((i + 1 for i, frame in enumerate(from_start(path)) if frame is not None), default=0)
+    return max((i + 1 for i, frame in enumerate(from_start(path)) if frame), default=0)
 
 
 def decode_from_start(path, chosen):
-    """Decode to the last of the frames chosen by number, or to the first damaged one: {number: RGB picture}."""
-    found = {}
-    for i, frame in enumerate(from_start(path)):
-        if frame is None or len(found) == len(set(chosen)):
-            break
-        if i in chosen:
-            found[i] = upright(frame)
-    return found
+    """Decode to the last of the frames chosen, or to the first damaged one: {number: RGB picture}."""
+    frames = itertools.takewhile(lambda frame: frame, itertools.islice(from_start(path), max(chosen) + 1))
+    return {i: upright(frame) for i, frame in enumerate(frames) if i in chosen}
 
 
 def upright(frame):
@@ -237,10 +222,9 @@ def spread(start, length, count):
 
 
 def window(n, frames, step, generator):
-    """Frame numbers of a random clip from a video of n frames: one window of frames * step frames, or all there is.
+    """Frame numbers of a random clip from a video of n frames: one window of L = frames * step frames.
 
-    A window starts at 0 to n - length - 1. A video no longer than one gives floor(linspace(0, n, n // step)), then its
-    last frame again and again.
+    It starts at 0 to n - L - 1. A video no longer than L gives floor(linspace(0, n, n // step)), its last frame repeated.
     """
     length = frames * step
     if n > length:
@@ -251,10 +235,7 @@ def window(n, frames, step, generator):
 
 
 def fps_step(rate, fps):
-    """The frame step that leaves about `fps` frames per second of `rate`: ceil(rate) // fps, at least 1.
-
-    Rates are measured, so they are rounded to a tenth first: 15.0016 is 15.
-    """
+    """The frame step ceil(rate) // fps, at least 1. Rates are measured, so they are rounded to a tenth: 15.0016 is 15."""
     return max(1, math.ceil(round(rate, 1)) // fps)
 
 
@@ -274,15 +255,16 @@ def normalise(clips):
     return torch.stack([(clips[:, c].float() / 255 - MEAN[c]) / STD[c] for c in range(3)], dim=1)
 
 
-def resize(pictures, size, how="bilinear"):
-    """uint8 [T, 3, H, W] -> uint8 [T, 3, *size]: in float, rounded once, without antialiasing, as the study does it."""
-    return F.interpolate(pictures.float(), size, mode=how).round().to(torch.uint8)
+def resize(pictures, size):
+    """uint8 [T, 3, H, W] -> uint8 [T, 3, *size]: bilinear in float, rounded once, not antialiased, as in the study."""
+    return F.interpolate(pictures.float(), size, mode="bilinear").round().to(torch.uint8)
 
 
-class Videos:
-    """Clips of video files.
+class Clips:
+    """Clips of video and image files; an image stands still for all of a clip.
 
-    step: frames of the video from one frame of a clip to the next; fps, if not 0, sets it by each video's average rate.
+    labels: whole numbers from 0, one for each path, or None. step: frames of the video from one frame of a clip to the
+    next; fps, if not 0, sets it by each video's average rate.
     """
 
     def __init__(self, paths, labels, frames, crop, step=1, fps=0, name="videos"):
@@ -292,62 +274,56 @@ class Videos:
     def __len__(self):
         return len(self.paths)
 
+    def read(self, item, choose):
+        """The frames chosen of one file, of an image the only one: uint8 [T or 1, 3, H, W]. Raises Unreadable."""
+        path = self.paths[item]
+        frames = read_image(path)[None] if is_image(path) else read_video(path, choose).frames
+        return torch.from_numpy(frames).permute(0, 3, 1, 2)
+
     def clip(self, item, generator):
-        """A random window, crop and flip of a video: uint8 [3, T, crop, crop]."""
+        """A random window, crop and flip: uint8 [3, T, crop, crop]."""
         def choose(count, rate):
             return window(count, self.frames, fps_step(rate, self.fps) if self.fps else self.step, generator)
 
         pictures = self.read(item, choose)
-        seed = torch.randint(2 ** 62, (), generator=generator).item()
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(torch.randint(2 ** 62, (), generator=generator).item())
             top, left, height, width = RandomResizedCrop.get_params(pictures, scale=(0.3, 1.0), ratio=(0.75, 1.35))
             flip = torch.rand(()) < 0.5
         pictures = resize(pictures[..., top:top + height, left:left + width], (self.crop, self.crop))
         return self.finish(pictures.flip(-1) if flip else pictures)
 
     def evaluation_clip(self, item):
-        """Frames from all of a video, the short side resized to the crop, its centre: uint8 [3, T, crop, crop]."""
+        """Frames from all of a video, its short side resized to the crop, its centre: uint8 [3, T, crop, crop]."""
         pictures = self.read(item, lambda count, rate: evaluation_window(count, self.frames))
-        return self.finish(v2.functional.center_crop(self.shrink(pictures), [self.crop, self.crop]))
-
-    def shrink(self, pictures):
-        height, width = pictures.shape[-2:]
-        return resize(pictures, [self.crop * side // min(height, width) for side in (height, width)])
-
-    def read(self, item, choose):
-        """Frames of one file: uint8 [T, 3, H, W]."""
-        return torch.from_numpy(read_video(self.paths[item], choose).frames).permute(0, 3, 1, 2)
+        if is_image(self.paths[item]):  # as usual with ImageNet
+            pictures = v2.functional.resize(pictures, self.crop, InterpolationMode.BICUBIC)
+        else:
+            sides = pictures.shape[-2:]
+            pictures = resize(pictures, [self.crop * side // min(sides) for side in sides])
+        return self.finish(v2.functional.center_crop(pictures, [self.crop, self.crop]))
 
     def finish(self, pictures):
         """[T or 1, 3, crop, crop] -> [3, T, crop, crop]."""
         return pictures.transpose(0, 1).expand(-1, self.frames, -1, -1).contiguous()
 
 
-class Images(Videos):
-    """Clips of image files: each stands still for all of the clip, whatever step or fps."""
-
-    def read(self, item, choose):
-        return torch.from_numpy(read_image(self.paths[item])).permute(2, 0, 1).unsqueeze(0)  # (1, 3, H, W)
-
-    def shrink(self, pictures):
-        return v2.functional.resize(pictures, self.crop, InterpolationMode.BICUBIC)  # as usual with ImageNet
+def is_image(path):
+    return Path(path).suffix.lower() in IMAGES
 
 
-CLEAN_BLOBS = 10_042  # the seed of the first evaluation clip that no training clip shares its looks with
+CLEAN_BLOBS = 10_042  # evaluation clips from this seed on share no background, disc or start with a training clip
 
 
-class BlobVideos(Videos):
+class BlobClips(Clips):
     """The study's generated clips, `synthetic.Blobs`; for evaluation their first frames as they are, 160x160."""
 
     def __init__(self, frames, crop, step=1, fps=0, items=range(10_000), first=0, directions=False):
+        super().__init__(items, [item % len(Blobs.MOVES) for item in items], frames, crop, step, fps, "blobs")
         self.blobs = Blobs(first, directions)
-        labels = [item % len(Blobs.MOVES) for item in items]
-        super().__init__(items, labels, frames, crop, step, fps, "blobs")
 
     def read(self, item, choose):
-        clip, _ = self.blobs.video(self.paths[item])
-        return clip.transpose(0, 1)[list(choose(self.blobs.FRAMES, self.blobs.FPS))]
+        return self.blobs.video(self.paths[item])[0].transpose(0, 1)[list(choose(Blobs.FRAMES, Blobs.FPS))]
 
     def evaluation_clip(self, item):
         return self.finish(self.read(item, lambda count, rate: range(self.frames)))
@@ -379,46 +355,44 @@ def generator_for(*numbers):
 class Batches:
     """One item per training step, a function of seed and step alone, so that a resumed run goes on as it would have.
 
-    batches[step] -> a list of micro-batches: uint8 clips [micro_batch, 3, T, H, W] and their masks,
-    make_masks(clips, positions, sizes), two generators. Micro-batch j of a step draws the positions of its blocks from
-    (seed, step, j) and their sizes from (seed, step), so that all of a step have equal ones; the ranks of a distributed
-    run share the micro-batches of a step, which are the same however many ranks there are. Clips are drawn with
-    replacement: first the source, by weight, then any of its items; generated ones are new each time.
-    In the place of a file that cannot be read another of the same source is taken; a line "dataset, path, reason" in
-    the file `unreadable` says so. Raises ValueError where batch, micro-batch and ranks do not fit.
+    batches[step] -> a rank's micro-batches, a list: uint8 clips [micro_batch, 3, T, H, W] and their masks,
+    make_masks(clips, positions, sizes) with two generators. Micro-batch j of a step draws where its blocks lie from
+    (seed, step, j), and how large they are from (seed, step), whichever rank takes it. Clips are drawn with replacement:
+    first the source, by weight, then any of its items; `Shapes` makes new ones, by the batch. For a file that cannot be
+    read another of its source is taken, and a line of the file `unreadable` says so.
+    Raises ValueError where batch, micro-batch and ranks do not fit.
     """
 
     def __init__(self, sources, weights, config, make_masks, rank=0, ranks=1):
-        size = config.micro_batch or max(1, config.batch // ranks)
-        if config.batch % (size * ranks):
-            raise ValueError(f"a batch of {config.batch} is not a multiple of {ranks} ranks x a micro-batch of {size}; "
-                             "change --batch or --micro-batch")
-        self.sources, self.size, self.seed, self.make_masks = sources, size, config.seed, make_masks
-        self.unreadable, self.alike = Path(config.out, "unreadable.txt"), config.as_released
-        each = config.batch // (size * ranks)  # micro-batches of a rank
-        self.mine, self.batch, self.steps = range(rank * each, (rank + 1) * each), config.batch, config.steps
+        self.sources, self.config, self.make_masks = sources, config, make_masks
+        self.size = config.micro_batch or max(1, config.batch // ranks)
+        if config.batch % (self.size * ranks):
+            raise ValueError(f"a batch of {config.batch} is not a multiple of {ranks} ranks x a micro-batch of "
+                             f"{self.size}; change --batch or --micro-batch")
+        each = config.batch // (self.size * ranks)  # micro-batches of a rank
+        self.mine = range(rank * each, (rank + 1) * each)
         self.weights = torch.tensor(weights, dtype=torch.float64)
         self.lengths = torch.tensor([len(source) for source in sources])
+        self.unreadable = Path(config.out, "unreadable.txt")
 
     def __len__(self):
-        return self.steps
+        return self.config.steps
 
     def __getitem__(self, step):
-        draw = generator_for(self.seed, ORDER, step, 0)
-        sources = torch.multinomial(self.weights, self.batch, replacement=True, generator=draw)
-        items = (torch.rand(self.batch, dtype=torch.float64, generator=draw) * self.lengths[sources]).long()
-        micro_batches = []
+        seed, batch, micro_batches = self.config.seed, self.config.batch, []
+        draw = generator_for(seed, ORDER, step, 0)
+        sources = torch.multinomial(self.weights, batch, replacement=True, generator=draw).tolist()
+        items = (torch.rand(batch, dtype=torch.float64, generator=draw) * self.lengths[sources]).long().tolist()
         for j in self.mine:
             places = range(j * self.size, (j + 1) * self.size)  # in the batch of the step
             if hasattr(self.sources[0], "clips"):
-                clips = self.sources[0].clips([step * self.batch + place for place in places])
+                clips = self.sources[0].clips([step * batch + place for place in places])
             else:
-                clips = torch.stack([
-                    self.readable_clip(self.sources[sources[place]], items[place].item(),
-                                       generator_for(self.seed, CLIP, step, place)) for place in places])
+                clips = torch.stack([self.readable_clip(self.sources[sources[place]], items[place],
+                                                        generator_for(seed, CLIP, step, place)) for place in places])
             # The released code draws the same positions on every GPU (README, departure 11).
-            positions = generator_for(self.seed, MASK, step, 0 if self.alike else j)
-            micro_batches.append((clips, self.make_masks(clips, positions, generator_for(self.seed, SIZE, step, 0))))
+            positions = generator_for(seed, MASK, step, 0 if self.config.as_released else j)
+            micro_batches.append((clips, self.make_masks(clips, positions, generator_for(seed, SIZE, step, 0))))
         return micro_batches
 
     def readable_clip(self, source, item, generator):
@@ -436,23 +410,21 @@ class Batches:
 
 def start_worker(_):
     """A loader's worker leaves Ctrl-C and SIGTERM to the run, which saves and then ends it; and it keeps no lock."""
-    for number_of_signal in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number_of_signal, signal.SIG_IGN)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
     for handle in HELD:
         os.close(handle)
 
 
 def loader(batches, start=0, workers=0, device=torch.device("cpu")):
-    """The batches from step `start` on, prepared by so many processes (their torch runs one thread each), in memory
-    that the device copies from while it computes."""
+    """The batches from step `start` on, prepared by so many processes (their torch runs one thread each)."""
     # With a generator of its own, the loader leaves the global one alone: a resumed run must not find it moved.
     return DataLoader(batches, batch_size=None, sampler=range(start, len(batches)), num_workers=workers,
                       worker_init_fn=start_worker, pin_memory=device.type == "cuda", generator=torch.Generator())
 
 
-# --------------------------------------------------------------------------------------------------- your own videos
+# ----------------------------------------------------------------------------------------- folders, and your own lists
 
-SUFFIXES = (".mp4", ".avi", ".webm", ".mkv")
 LINE = re.compile(r'"?([^"]+?\.\w+)"?(?:[\s,]+"?(\d+)"?)?')
 
 
@@ -461,36 +433,49 @@ class Split(NamedTuple):
     labels: list  # whole numbers from 0; None where there are none
 
 
+def is_hidden(name):
+    """What macOS and others leave behind: `.DS_Store`, `._clip.mp4`, `__MACOSX`."""
+    return name.startswith((".", "__MACOSX"))
+
+
+def files_below(folder):
+    """All files below a folder, in order; links to folders are followed, what is hidden is left out."""
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not is_hidden(name)] if os.path.realpath(place) not in seen else []
+        seen.add(os.path.realpath(place))
+        found += [Path(place, name) for name in names if not is_hidden(name)]
+    return sorted(found)
+
+
 def own_videos(path):
     """The videos of a list file, or all videos below a folder, as a Split.
 
     A line of a list is `path` or `path label`, separated by a comma, a tab or spaces. The label is the whole number at
     its end; all before it is the path, which ends in a suffix like .mp4, may hold spaces and commas, may stand in
-    double quotes, and is relative to the list's folder. Empty lines are skipped.
+    double quotes, and is relative to the list's folder.
     Raises FileNotFoundError where there is nothing, ValueError for a wrong line (with its number).
     """
-    path = Path(path)
+    path, split = Path(path), Split([], [])
     if path.is_dir():
-        paths = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        paths = [file for file in files_below(path) if file.suffix.lower() in VIDEOS]
         if not paths:
-            raise FileNotFoundError(f"there is no video ({', '.join(SUFFIXES)}) in or below {path}")
+            raise FileNotFoundError(f"there is no video ({', '.join(VIDEOS)}) in or below {path}")
         return Split(paths, None)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; it should be a list of videos, or a folder of them")
-    paths, labels = [], []
     for i, line in text_lines(path):
         match = LINE.fullmatch(line)
-        if not match:
-            raise ValueError(f"line {i} of {path} is neither `path` nor `path label`: {line}")
-        if paths and (match[2] is None) != (labels[0] is None):
-            raise ValueError(f"line {i} of {path} has {'no' if match[2] is None else 'a'} label, unlike the lines before "
-                             f"it: {line}")
-        paths.append(path.parent / match[1])
-        labels.append(match[2] and int(match[2]))
-    if not any(map(os.path.exists, paths)):
+        if not match or split.labels and (match[2] is None) != (split.labels[0] is None):
+            raise ValueError(f"line {i} of {path} is not " + (
+                "like those before it, which have " + ("no label" if match[2] else "a label") if match
+                else "`path` or `path label`") + f": {line}")
+        split.paths.append(path.parent / match[1])
+        split.labels.append(match[2] and int(match[2]))
+    if not any(map(os.path.exists, split.paths)):
         raise FileNotFoundError(f"{path} lists no video that exists" + (
-            f"; the first is looked for at {paths[0]}" if paths else ""))
-    return Split(paths, None if labels[0] is None else labels)
+            f"; the first is looked for at {split.paths[0]}" if split.paths else ""))
+    return split if split.labels[0] is not None else Split(split.paths, None)
 
 
 def text_lines(path):
@@ -522,19 +507,18 @@ def first_there(folder, *names):
 
 def read_split(path, parse):
     """A publisher's list: parse(line of text, or item of JSON) -> (path, label), as a Split."""
-    entries = text_lines(path)
+    split, entries = Split([], []), text_lines(path)
     if path.suffix == ".json":
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads("".join(line for _, line in entries))
             entries = enumerate(content.items() if isinstance(content, dict) else list(content), start=1)
-        except (TypeError, ValueError) as error:
+        except (RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not JSON as its publisher writes it: {error}") from None
-    split = Split([], [])
-    for number, entry in entries:
+    for i, entry in entries:
         try:
             item, label = parse(entry)
         except (IndexError, KeyError, TypeError, ValueError):
-            raise ValueError(f"entry {number} of {path} is not as its publisher writes it: {entry}") from None
+            raise ValueError(f"entry {i} of {path} is not as its publisher writes it: {entry}") from None
         split.paths.append(item)
         split.labels.append(label)
     if not split.paths:
@@ -566,11 +550,15 @@ def ssv2(root):
 
 
 def imagenet100(root):
-    train, test = ImageFolder(first_there(root, "train")), ImageFolder(first_there(root, "val", "validation"))
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        raise ValueError(f"{train.root} and {test.root} should hold the same classes; only one has {odd[0]}")
-    return Files(*(Split(*map(list, zip(*folder.samples))) for folder in (train, test)), train.classes)
+    splits, classes = [], []
+    for folder in (first_there(root, "train"), first_there(root, "val", "validation")):
+        classes.append(sorted(each.name for each in folder.iterdir() if each.is_dir() and not is_hidden(each.name)))
+        pairs = [(path, i) for i, name in enumerate(classes[-1]) for path in files_below(folder / name) if is_image(path)]
+        splits.append(Split([path for path, _ in pairs], [label for _, label in pairs]))
+    if classes[0] != classes[1] or not all(split.paths for split in splits):
+        raise ValueError(f"train and val of {root} should hold images of the same classes; they differ in "
+                         f"{', '.join(sorted(set(classes[0]) ^ set(classes[1]))[:3]) or 'nothing, and have no images'}")
+    return Files(*splits, classes[0])
 
 
 def diving48(root):
@@ -591,15 +579,13 @@ class PublicDataset(NamedTuple):
     read: Callable  # folder -> Files
     train: int  # published counts
     test: int
-    source: type
 
     def files(self, root):
         """Its files in a folder, or in one folder below. Raises FileNotFoundError where something is missing."""
         root = Path(root)
         places = [path.parent for path in [*root.glob(self.marker), *sorted(root.glob(f"*/{self.marker}"))]]
         if len(places) > 1 and places[0] != root:
-            raise ValueError(f"both {places[0]} and {places[1]} hold {self.marker}; give one of them as --root, or "
-                             "move one")
+            raise ValueError(f"both {places[0]} and {places[1]} hold {self.marker}; give one as --root, or move one")
         try:
             return self.read(places[0] if places else root)
         except FileNotFoundError as error:
@@ -608,26 +594,26 @@ class PublicDataset(NamedTuple):
 
 
 DATASETS = {
-    "ucf101": PublicDataset("UCF-101, split 1", "UCF-101", ucf101, 9_537, 3_783, Videos),
-    "ssv2": PublicDataset("Something-Something V2", "20bn-something-something-v2", ssv2, 168_913, 24_777, Videos),
-    "imagenet100": PublicDataset("ImageNet-100", "train", imagenet100, 126_689, 5_000, Images),
-    "diving48": PublicDataset("Diving-48 V2", "Diving48_V2_train.json", diving48, 15_027, 1_970, Videos),
+    "ucf101": PublicDataset("UCF-101, split 1", "UCF-101", ucf101, 9_537, 3_783),
+    "ssv2": PublicDataset("Something-Something V2", "20bn-something-something-v2", ssv2, 168_913, 24_777),
+    "imagenet100": PublicDataset("ImageNet-100", "train", imagenet100, 126_689, 5_000),
+    "diving48": PublicDataset("Diving-48 V2", "Diving48_V2_train.json", diving48, 15_027, 1_970),
 }
 MIXED = {"ucf101": 0.2, "ssv2": 0.6, "imagenet100": 0.2}  # the study's mixed regime: how often each is drawn
 
 
 def open_dataset(name, root, split, *how):
-    """The "train" or "test" split of one of the DATASETS as a source. how: frames, crop, step and fps of `Videos`."""
-    return DATASETS[name].source(*getattr(DATASETS[name].files(root), split), *how, name=name)
+    """The "train" or "test" split of one of the DATASETS as a source. how: frames, crop, step and fps of `Clips`."""
+    return Clips(*getattr(DATASETS[name].files(root), split), *how, name=name)
 
 
 # ------------------------------------------------------------------------------------------------- python data.py
 
 
-def inspect_file(path, source):
+def inspect_file(path):
     """Reads a file as evaluation does: height, width, for videos frames and rate; or the reason why it cannot."""
     try:
-        if source is Images:
+        if is_image(path):
             return read_image(path).shape[:2]
         video = read_video(path, lambda count, rate: evaluation_window(count, 16))
         return *video.frames.shape[1:3], video.count, video.rate
@@ -635,15 +621,17 @@ def inspect_file(path, source):
         return str(error)
 
 
-def inspect(title, paths, source, workers):
+def inspect(title, paths, workers):
     """Read every file and print what there is to say. Returns whether a run on these files would go through."""
-    results = DataLoader(paths, batch_size=None, num_workers=workers,
-                         collate_fn=functools.partial(inspect_file, source=source))
-    results = list(tqdm(results, desc=title, unit="file", leave=False))
+    results = DataLoader(paths, batch_size=None, num_workers=workers, collate_fn=inspect_file)
+    results = list(tqdm(results, desc=title, unit="file", leave=False, disable=None))
     reasons = [result for result in results if isinstance(result, str)]
-    facts = zip(*(result for result in results if not isinstance(result, str)))
+    facts = list(zip(*(result for result in results if not isinstance(result, str))))
     for what, values in zip(("height", "width", "frames", "frames per second"), facts):
         print(f"    {what}: {min(values):.4g} to {max(values):.4g}")
+    if len(facts) > 2:
+        print(f"    evaluation takes 16 frames from all of a video, {max(1, round(statistics.median(facts[2]) / 16))} apart "
+              "(median): the --frame-step to train with")
     print(f"    unreadable: {len(reasons):,}", *reasons[:5], sep="\n      ")
     if len(reasons) > MAX_BROKEN * len(paths):
         print(f"    More than {MAX_BROKEN:.0%} cannot be read: a run would stop.")
@@ -668,25 +656,23 @@ def check(root, workers):
         for split, published in (("test", dataset.test), ("train", dataset.train)):
             paths = getattr(files, split).paths
             print(f"  {split}: {len(paths):,} of {published:,} published clips")
-            usable[name] = inspect(f"{name} {split}", paths, dataset.source, workers)  # that of "train" stays
-    flags = f"--preset mixed --root {shlex.quote(str(root))}"
-    if not all(usable.get(name) for name in MIXED):
-        flags = flags.replace("mixed", "ucf101")
-        if not usable.get("ucf101"):
-            paths, _ = own_videos(root)
-            print(f"Videos below {root}, of every split: {len(paths):,}")
-            if not inspect("videos", paths, Videos, workers):
-                raise ValueError(f"too many of the videos in {root} cannot be read")
-            flags = f"--data {shlex.quote(str(root))}"
-    print(f"Train with: python train.py {flags}")
+            usable[name] = inspect(f"{name} {split}", paths, workers)  # that of "train" stays
+    presets = [preset for preset, names in (("mixed", MIXED), ("ucf101", ["ucf101"])) if all(map(usable.get, names))]
+    if not presets:
+        paths, _ = own_videos(root)
+        others = Counter(file.suffix for file in files_below(root)) - Counter(path.suffix for path in paths)
+        print(f"Videos below {root}, of every split: {len(paths):,}; left out as no videos: "
+              f"{', '.join(f'{count:,} {suffix}' for suffix, count in others.items()) or 'none'}")
+        if not inspect("videos", paths, workers):
+            raise ValueError(f"too many of the videos in {root} cannot be read")
+    print("Train with: python train.py", f"--preset {presets[0]} --root" if presets else "--data", shlex.quote(str(root)))
 
 
 @command("data.py", smaller="number of --workers")
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Check the datasets in a folder.", allow_abbrev=False)
     parser.add_argument("--check", metavar="DIR", required=True, help="the folder that holds the datasets")
-    parser.add_argument("--workers", type=number(1), default=min(8, os.cpu_count()),
-                        help="processes that read (%(default)s)")
+    parser.add_argument("--workers", type=number(1), default=min(8, os.cpu_count()), help="processes that read")
     flags = parser.parse_args(arguments)
     check(flags.check, flags.workers)
 

@@ -235,50 +235,43 @@ def load_tensors(path):
         damaged = zipfile.ZipFile(path).testzip() if is_archive else None
         content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the bytes of another file lead to
-        with open(path, "rb") as file:
-            start = file.read(16)
-        reason = ("is a safetensors file; save its tensors by torch.save" if start[8:10] == b'{"' else
-                  "holds other objects than tensors; save a dict of tensors" if is_archive
-                  and isinstance(error, pickle.UnpicklingError) else "is not a file of torch.save, or was cut short")
-        raise ValueError(f"{path} {reason}") from None
+        other = is_archive and isinstance(error, pickle.UnpicklingError)
+        safe = Path(path).open("rb").read(10)[8:] == b'{"'
+        raise ValueError(f"{path} " + ("is a safetensors file; save its tensors by torch.save" if safe else
+                                       "holds other objects than tensors; save a dict of tensors" if other else
+                                       "is not a file of torch.save, or was cut short")) from None
     if damaged:
         raise ValueError(f"{path} is damaged: the checksum of its part {damaged} is wrong")
     return content
 
 
-def load_vjepa(path, *wanted):
-    """The encoder of a V-JEPA 2.1 checkpoint. wanted: its model size, patch and tubelet, where they must be certain ones.
+def load_vjepa(path):
+    """The encoder of a V-JEPA 2.1 checkpoint, and what it is: {"model", "patch", "tubelet"}.
 
     The file holds a dict with weights under "ema_encoder", "target_encoder" or "encoder"; the first of these that is
     there is taken. Every weight must be there and fit, and none may be left over, except those for single images.
     Raises FileNotFoundError, or ValueError for any other file.
     """
     content = load_tensors(path)
-    networks = content if isinstance(content, dict) else {}
-    chosen = next((key for key in ("ema_encoder", "target_encoder", "encoder") if key in networks), None)
-    if chosen is None or not isinstance(networks[chosen], dict):
+    chosen = next((key for key in ("ema_encoder", "target_encoder", "encoder")
+                   if isinstance(content, dict) and isinstance(content.get(key), dict)), None)
+    if chosen is None:
         raise ValueError(f"{path} holds no 'ema_encoder', 'target_encoder' or 'encoder' with weights by name")
     weights = {}
-    for name, weight in networks[chosen].items():
+    for name, weight in content[chosen].items():
         name = name.removeprefix("module.").removeprefix("backbone.")
-        ours = next((ours + name.removeprefix(theirs) for ours, theirs in THEIR_NAMES.items()
-                     if name.startswith(theirs)), name)
-        if name not in UNUSED:
-            weights[ours] = weight
-
-    kernel = tuple(getattr(weights.get("embed.weight"), "shape", ()))  # (D, 3, tubelet, patch, patch)
-    size = next((name for name, size in SIZES.items() if kernel[:1] == (size.width,)), None)
-    if len(kernel) != 5 or size is None:
-        raise ValueError(f"'{chosen}' of {path} is not an encoder of a known size: patch_embed.proj.weight is "
-                         f"{list(kernel) or 'missing'}, should be [D, 3, tubelet, patch, patch], D one of "
-                         f"{', '.join(str(size.width) for size in SIZES.values())}")
-    found = size, kernel[-1], kernel[2]
-    if wanted and wanted != found:
-        raise ValueError(f"{path} holds weights of size, patch and tubelet {found}, but the run has {wanted}")
-    weights["embed.weight"] = weights["embed.weight"].flatten(1)  # stride = kernel: the convolution is a linear layer
-    encoder = Encoder(SIZES[size], patch=kernel[-1], tubelet=kernel[2])
+        for ours, theirs in THEIR_NAMES.items():
+            name = ours + name.removeprefix(theirs) if name.startswith(theirs) else name
+        weights |= {name: weight} if name not in UNUSED else {}
     try:
+        width, _, tubelet, patch, _ = weights["embed.weight"].shape
+        size = next(name for name, size in SIZES.items() if size.width == width)
+        weights["embed.weight"] = weights["embed.weight"].flatten(1)  # stride = kernel makes it a linear layer
+        encoder = Encoder(SIZES[size], patch, tubelet)
         encoder.load_state_dict(weights)
+    except (AttributeError, KeyError, StopIteration, ValueError):
+        raise ValueError(f"'{chosen}' of {path} is not an encoder of a known size: patch_embed.proj.weight should be [D, "
+                         f"3, tubelet, patch, patch], D one of {[size.width for size in SIZES.values()]}") from None
     except RuntimeError as error:  # torch's names everything that is missing, left over or of another shape
         raise ValueError(f"'{chosen}' of {path} does not fit {size}: {' '.join(str(error).split())}") from None
-    return encoder
+    return encoder, {"model": size, "patch": patch, "tubelet": tubelet}

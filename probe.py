@@ -5,20 +5,19 @@
     --train-list A.csv --test-list B.csv    your own videos, a line `path label` each: both heads, trained and untrained
     ... --shots 1,5,20,all                  instead: both heads, learning from so few labelled clips per class
     ... --episodes 600                      instead: 5-way 1- and 5-shot episodes, nearest class mean
-    ... --pictures                          instead: masks.png, features.png, motion.png and curves.png
 
 An encoder is evaluated on its last level alone (D of its 4D channels), as the study does. Features and results go into
 the checkpoint's folder. `--weights FILE --out DIR` takes V-JEPA 2.1 weights in the place of a checkpoint, and
 `--untrained vit_base` random ones.
 """
 import argparse
-import csv
 import functools
 import hashlib
-import itertools
+import io
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -26,16 +25,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch import nn
 from torch.utils.data import DataLoader
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import data
-from model import SIZES, Encoder, load_tensors, load_vjepa, token_grid
-from objectives import Masking, motion_map, sample_masks
-from synthetic import DIRECTIONS, FACTORS, Shapes, command, locked, number, read_json, write_image, write_json
+from model import SIZES, Encoder, load_tensors, load_vjepa
+from objectives import Masking
+from synthetic import FACTORS, Shapes, command, locked, number, read_json, write_file, write_json
 
 HELD_OUT = 1_000_003  # seeds of the probes' clips: far from those of any training run
 WEIGHT_DECAY = 0.01
@@ -64,22 +61,6 @@ BENCHMARKS = {  # the study's; which frames and which resizing: data.py
 }
 FEW = Recipe("attentive", False, 1e-3, 32, steps=150)  # for few labels
 LINEAR = Recipe("standardised", True, 3e-3, 256, 40)  # for all labels; why not the plain one: `LinearHead`
-
-
-class Labelled(NamedTuple):
-    """What a head learns from, or is tested on."""
-    features: object  # [n, N, D], N = 1 where pooled: a tensor, or a memory-mapped array of float16
-    labels: torch.Tensor  # [n], on the CPU; -1 hides a label from training
-
-    def read(self, rows, device):
-        """Features of some rows [b] -> float32 [b, N, D] on a device. Only these rows are ever in memory."""
-        return torch.as_tensor(self.features[rows.numpy()]).to(device).float()
-
-    def pool(self):
-        """The same clips with the mean of their tokens [n, 1, D], float32 in memory."""
-        rows = torch.arange(len(self.labels)).split(64)
-        return Labelled(torch.cat([self.read(each, "cpu").mean(1, keepdim=True) for each in rows]), self.labels)
-
 
 # -------------------------------------------------------------------------------------------------- frozen encoders
 
@@ -123,14 +104,15 @@ def open_frozen(flags, untrained):
         changed = f" without {config['ablate']}" * bool(config["ablate"]) + " as released" * config["as_released"]
         about = f"{config['objective']}{changed}, {checkpoint['evaluated']} encoder at step {checkpoint['step']}"
     elif flags.weights:
-        encoder = load_vjepa(flags.weights)
-        size = next(name for name, size in SIZES.items() if size.width == encoder.video.shape[-1])
-        config |= {"model": size, "patch": encoder.patch, "tubelet": encoder.tubelet}
-        state, about = encoder.state_dict(), f"{size} of {flags.weights}"
+        encoder, found = load_vjepa(flags.weights)
+        config, state, about = {**config, **found}, encoder.state_dict(), f"{found['model']} of {flags.weights}"
     if untrained:
         state, about = None, f"untrained {config['model']} of seed {config['seed']}"
     config = {**config, "frames": flags.frames or config["frames"], "crop": flags.crop or config["crop"]}
-    return Frozen(make_encoder(config, state), config, masking, about, Path(flags.out or folder))
+    try:
+        return Frozen(make_encoder(config, state), config, masking, about, Path(flags.out or folder))
+    except (KeyError, RuntimeError):
+        raise ValueError(f"{flags.checkpoint} holds an encoder of another version of model.py; train it again") from None
 
 
 @torch.no_grad()
@@ -143,13 +125,27 @@ def last_level(encoder, clips):
 # ----------------------------------------------------------------------------------------------------------- heads
 
 
+class Labelled(NamedTuple):
+    """What a head learns from, or is tested on."""
+    features: object  # [n, N, D], N = 1 where pooled: a tensor, or `Stored`
+    labels: torch.Tensor  # [n], on the CPU; -1 hides a label from training
+
+    def read(self, rows, device):
+        """Features of some rows [b] -> float32 [b, N, D] on a device."""
+        return self.features[rows.to(getattr(self.features, "device", "cpu"))].to(device).float()
+
+    def pool(self):
+        """The same clips with the mean of their tokens [n, 1, D], float32 in memory."""
+        rows = torch.arange(len(self.labels)).split(64)
+        return Labelled(torch.cat([self.read(each, "cpu").mean(1, keepdim=True) for each in rows]), self.labels)
+
+
 class LinearHead(nn.Module):
     """One linear layer on the mean of a clip's tokens [n, N, D]: the study's linear head, as it is.
 
     `standardise` makes it the head of our own probes, which brings each channel to mean 0 and deviation 1 first. Frozen
     features differ in scale by orders of magnitude, and an untrained encoder's hardly differ between clips: one
-    learning rate cannot suit them all, so the plain head measures scale, too. ImageNet-100 keeps the plain head, to be
-    comparable with the study's numbers.
+    learning rate cannot suit them all, so the plain head measures scale, too.
     """
 
     def __init__(self, width, classes):
@@ -159,7 +155,7 @@ class LinearHead(nn.Module):
         self.linear = nn.Linear(width, classes)
 
     def standardise(self, features):
-        """By mean and deviation of all training clips [n, 1, D]. That takes no labels: k-shot may do it, too."""
+        """By mean and deviation of all training clips [n, 1, D]. That takes no labels: few-label probes may do it, too."""
         self.mean, self.deviation = features.squeeze(1).mean(0), features.squeeze(1).std(0) + 1e-6
 
     def forward(self, tokens):
@@ -235,11 +231,10 @@ def draw_shots(labels, shots, seed):
 def accuracies(recipe, train, test, seeds, device, shots=0, progress=""):
     """Top-1 % on all of `test` of a head per seed, a list. A seed draws the head's weights, the order of clips and, of
     each class, the `shots` labelled clips to learn from (0: all)."""
-    found, width = [], train.features.shape[-1]
-    classes = int(max(train.labels.max(), test.labels.max())) + 1
+    found, classes = [], int(max(train.labels.max(), test.labels.max())) + 1
     for seed in seeds:
         torch.manual_seed(seed)
-        head = (AttentiveHead if recipe.head == "attentive" else LinearHead)(width, classes)
+        head = (AttentiveHead if recipe.head == "attentive" else LinearHead)(train.features.shape[-1], classes)
         if recipe.head == "standardised":
             head.standardise(train.features)
         shown = train._replace(labels=draw_shots(train.labels, shots, seed)) if shots else train
@@ -250,6 +245,12 @@ def accuracies(recipe, train, test, seeds, device, shots=0, progress=""):
 # ---------------------------------------------------------------------------------------------------- moving shapes
 
 FEW_FACTORS, LINEAR_FACTORS = ("direction", "motion", "appearance"), ("direction", "speed", "appearance")
+
+
+def held_out(encoder, config, count):
+    """Moving shapes that no run trains on: (shapes, how many) to learn from, and a third as many to be tested on."""
+    return [(Shapes(config["frames"], config["crop"], HELD_OUT + i, encoder.video.device, config.get("world", "default")),
+             clips) for i, clips in enumerate((count, max(1, count // 3)))]
 
 
 def shape_features(encoder, shapes, count, about, keep=None):
@@ -266,12 +267,6 @@ def shape_features(encoder, shapes, count, about, keep=None):
         tokens[rows] = features[rows - items[0]].half().cpu()
         means.append(features.mean(1, keepdim=True))
     return tokens, torch.cat(means)
-
-
-def held_out(encoder, config, count):
-    """Moving shapes that no run trains on: (shapes, how many) to learn from, and a third as many to be tested on."""
-    return [(Shapes(config["frames"], config["crop"], HELD_OUT + i, encoder.video.device, config.get("world", "default")),
-             number_of_clips) for i, number_of_clips in enumerate((count, max(1, count // 3)))]
 
 
 def probe_shapes(encoder, config, count, seed=0, shots=(LABELS,), about="the encoder"):
@@ -310,10 +305,9 @@ def show_shapes(rows, count):
             print(f"{name:<12}" + "".join(f"{cell:<14}" for cell in row))
 
 
-# ----------------------------------------------------------------------------------------------- features in a file
+# ----------------------------------------------------------------------------------------------- features in files
 
-BATCH = 16  # clips
-SAVE_EVERY = 8  # batches between two notes of how far extraction has come
+CHUNK = 16  # clips
 MOST_CLASSES = 100_000  # a head has an output for each; a larger label is a date or an identifier
 
 
@@ -321,19 +315,17 @@ def open_sources(flags, frames, crop):
     """The labelled clips that the command line asks for: their name, and the sources to train and test on."""
     if flags.train_list:
         lists = [Path(path).resolve() for path in (flags.train_list, flags.test_list)]
-        sources = [data.Videos(*data.own_videos(path), frames, crop) for path in lists]
+        sources = [data.Clips(*data.own_videos(path), frames, crop) for path in lists]
         for path, source in zip(lists, sources):
-            if source.labels is None:
-                raise ValueError(f"{path} gives no labels; a line of it should be `path label`")
-            if max(source.labels) >= MOST_CLASSES:
-                raise ValueError(f"{path} has the label {max(source.labels)}; labels number the classes from 0")
+            if source.labels is None or max(source.labels) >= MOST_CLASSES:
+                raise ValueError(f"{path} should have lines `path label`, with labels that number the classes from 0")
         unseen = sorted(set(sources[1].labels) - set(sources[0].labels))
         if unseen:
             print(f"{lists[0]} has no clip of class {', '.join(map(str, unseen))}, which {lists[1]} tests")
         return "-".join(["own", lists[1].parent.name, *dict.fromkeys(path.stem for path in lists)]), *sources
     if flags.benchmark in (None, "blobs"):
         (train, test), first = flags.blob_clips, 42 if flags.blob_clips == BLOB_CLIPS else data.CLEAN_BLOBS
-        return "blobs", *[data.BlobVideos(8, 160, items=items, first=first, directions=True)
+        return "blobs", *[data.BlobClips(8, 160, items=items, first=first, directions=True)
                           for items in (range(train), range(train, train + test))]
     return flags.benchmark, *[data.open_dataset(flags.benchmark, flags.root, split, frames, crop)
                               for split in ("train", "test")]
@@ -347,87 +339,65 @@ def fingerprint(*parts):
     return digest.hexdigest()
 
 
-def weights_of(encoder):
-    """Every weight with its name and shape, and the number of heads, which no weight tells: parts of a fingerprint."""
+def encoder_fingerprint(encoder):
+    """Of every weight with its name and shape, and of the number of heads, which no weight tells."""
     weights = [part for name, weight in encoder.state_dict().items() for part in (name, list(weight.shape), weight)]
-    return [encoder.blocks[0].attn.heads, *weights]
+    return fingerprint(encoder.blocks[0].attn.heads, *weights)
 
 
-def open_features(path, shape, identity):
-    """A memory-mapped float16 array of this shape, and the note that says how much of it is done.
+class Stored(NamedTuple):
+    """Features in files, of which only the rows that are asked for are ever in memory."""
+    chunks: list  # tensors [up to CHUNK, N, D], float16, mapped to their files
+    rows: list  # (chunk, row in it) of each clip
 
-    Goes on with the file that is there if its note tells of the same identity; starts anew otherwise.
-    """
-    note, fresh = path.with_suffix(".json"), {"identity": identity, "done": 0, "unreadable": []}
-    try:
-        before = read_json(note)
-        features = np.load(path, mmap_mode="r")  # "r+" would fill up a file that was cut short with zeros
-        same = before.keys() == fresh.keys() and before["identity"] == identity
-        if same and (features.shape, features.dtype) == (shape, np.float16):
-            return np.load(path, mmap_mode="r+"), before
-    except (OSError, EOFError, ValueError):
-        pass
-    note.unlink(missing_ok=True)
-    with open(path, "r+b") as file:
-        if hasattr(os, "posix_fallocate"):  # a full disk would kill whoever writes to mapped memory
-            os.posix_fallocate(file.fileno(), 0, 2 * math.prod(shape) + 4096)
-    features = np.lib.format.open_memmap(path, "w+", np.float16, shape)
-    write_json(note, fresh)
-    return features, fresh
+    @property
+    def shape(self):
+        return len(self.rows), *self.chunks[self.rows[0][0]].shape[1:]
+
+    def __getitem__(self, rows):
+        return torch.stack([self.chunks[chunk][row] for chunk, row in (self.rows[row] for row in rows)])
 
 
 def extract(frozen, source, name, pooled, workers):
-    """Last-level features of every clip that can be read, as Labelled, and a note on how they came about.
+    """Last-level features of every clip that can be read, as Labelled, and {item: sentence} of those that cannot.
 
-    features-NAME.npy in the encoder's folder holds them one after the other, float16 [len(source), N or 1, D]. The
-    note, features-NAME.json, says of which weights and clips they are, how many clips are done, and what could not be
-    read; it is written after the features that it claims, so an extraction that was killed goes on from there.
-    Stopped or not, a clip meets the encoder in the same batch, so its features are the same to the bit.
-    Raises ValueError where no clip can be read, or a feature is not finite.
+    They lie in a folder named after what they depend on, below features-NAME, in a file for every `CHUNK` clips: so an
+    extraction that was killed goes on, with the same features to the bit, and other weights, clips or code never meet
+    them. Raises ValueError where no clip can be read, or a feature is not finite.
     """
-    encoder, path = frozen.encoder, frozen.folder / f"features-{name}.npy"
-    tokens = math.prod(token_grid(source.frames, source.crop, source.crop, encoder.patch, encoder.tubelet))
-    shape = (len(source), 1 if pooled else tokens, encoder.video.shape[-1])
     files = [(os.path.getsize(path), os.stat(path).st_mtime_ns) if os.path.exists(path) else None for path in source.paths]
     code = [Path(__file__).with_name(each).read_text() for each in ("model.py", "data.py", "synthetic.py")]
-    identity = fingerprint(*weights_of(encoder), source.paths, files, source.labels, code, source.frames, source.crop)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    with locked(path):
-        features, note = open_features(path, shape, identity)
-        fill(features, note, encoder, source, name, path.with_suffix(".json"), workers)
-    unreadable = note["unreadable"]
+    identity = fingerprint(encoder_fingerprint(frozen.encoder), source.paths, files, source.labels, code, source.frames,
+                           source.crop, pooled)
+    folder, starts = frozen.folder / f"features-{name}" / identity[:16], range(0, len(source), CHUNK)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder.parent):
+        for other in {*folder.parent.iterdir()} - {folder}:
+            shutil.rmtree(other)  # of other weights or clips
+        missing = [start for start in starts if not (folder / f"{start}.pt").exists()]
+        read = DataLoader([range(start, min(start + CHUNK, len(source))) for start in missing], batch_size=None,
+                          collate_fn=functools.partial(data.read_all, source=source), num_workers=workers,
+                          worker_init_fn=data.start_worker)
+        for start, clips in zip(missing, tqdm(read, f"features of {name}", unit=f" x {CHUNK} clips", disable=None)):
+            unreadable = {start + i: clip for i, clip in enumerate(clips) if isinstance(clip, str)}
+            clips = [clip for clip in clips if torch.is_tensor(clip)]
+            tokens = last_level(frozen.encoder, torch.stack(clips)) if clips else torch.zeros(0, 1, 1)  # (b, N, D)
+            tokens = (tokens.mean(1, keepdim=True) if pooled else tokens).half().cpu()
+            if not tokens.isfinite().all():
+                raise ValueError(f"features of {name} are not finite in float16; did the training run diverge?")
+            buffer = io.BytesIO()
+            torch.save({"features": tokens, "unreadable": unreadable}, buffer)
+            write_file(folder / f"{start}.pt", buffer.getvalue())
+    chunks = [torch.load(folder / f"{start}.pt", mmap=True, weights_only=True) for start in starts]
+    unreadable = {item: sentence for chunk in chunks for item, sentence in chunk["unreadable"].items()}
     if len(unreadable) == len(source):
-        raise ValueError(f"no clip of {name} can be read; the first is {unreadable[0][1]}")
+        raise ValueError(f"no clip of {name} can be read; the first is {unreadable[0]}")
     if unreadable:
         print(f"{len(unreadable):,} of {len(source):,} clips of {name} cannot be read and are left out; to try them "
-              f"again, delete {path}")
-    lost = {item for item, _ in unreadable}
-    labels = [label for item, label in enumerate(source.labels) if item not in lost]
-    return Labelled(features[:len(labels)], torch.tensor(labels)), note
-
-
-def fill(features, note, encoder, source, name, note_path, workers):
-    """Compute the features that are not done yet, and note from time to time what is."""
-    unreadable = note["unreadable"]  # [item, sentence] each
-    batches = DataLoader(range(len(source)), BATCH, sampler=range(note["done"], len(source)), num_workers=workers,
-                         collate_fn=functools.partial(data.read_all, source=source), worker_init_fn=data.start_worker)
-    with tqdm(total=len(source), initial=note["done"], desc=f"features of {name}", unit="clip", disable=None) as bar:
-        for count, clips in enumerate(batches, start=1):
-            row = note["done"] - len(unreadable)
-            unreadable += [[item, clip] for item, clip in enumerate(clips, note["done"]) if isinstance(clip, str)]
-            note["done"] += len(clips)
-            bar.update(len(clips))
-            clips = [clip for clip in clips if torch.is_tensor(clip)]
-            if clips:
-                found = last_level(encoder, torch.stack(clips))  # (b, N, D)
-                found = (found.mean(1, keepdim=True) if features.shape[1] == 1 else found).half()
-                if not found.isfinite().all():
-                    raise ValueError(f"features of {name} are not finite in float16; did the training run diverge?")
-                features[row:row + len(clips)] = found.cpu().numpy()
-            if count % SAVE_EVERY == 0 or note["done"] == len(source):
-                features.flush()
-                write_json(note_path, note)
+              f"again, delete {folder}")
+    rows = [(i, row) for i, chunk in enumerate(chunks) for row in range(len(chunk["features"]))]
+    labels = [label for item, label in enumerate(source.labels) if item not in unreadable]
+    return Labelled(Stored([chunk["features"] for chunk in chunks], rows), torch.tensor(labels)), unreadable
 
 
 # ---------------------------------------------------------------------------------------------------------- results
@@ -440,17 +410,14 @@ def draw_episodes(train_labels, test_labels, way, shot, episodes, seed):
     """
     draw = np.random.default_rng(seed)
     support, query = [{label: np.flatnonzero(labels == label) for label in np.unique(labels)}
-                      for labels in (train_labels.numpy(), test_labels.numpy())]
+                      for labels in (np.asarray(train_labels), np.asarray(test_labels))]
     classes = [label for label in support if len(support[label]) >= shot and label in query]
     if len(classes) < way:
         raise ValueError(f"a {way}-way {shot}-shot episode needs {way} classes with {shot} training clips and a test "
                          f"clip, and {len(classes)} have them; choose a smaller --way, or add clips")
-    drawn = []
-    for _ in range(episodes):
-        chosen = draw.choice(classes, way, replace=False)
-        drawn.append((np.stack([draw.choice(support[label], shot, replace=False) for label in chosen]),
-                      np.concatenate([draw.permutation(query[label])[:QUERIES] for label in chosen])))
-    return drawn
+    chosen = [draw.choice(classes, way, replace=False) for _ in range(episodes)]
+    return [(np.stack([draw.choice(support[label], shot, replace=False) for label in some]),
+             np.concatenate([draw.permutation(query[label])[:QUERIES] for label in some])) for some in chosen]
 
 
 def episode_accuracies(train, test, way, shot, episodes, seed):
@@ -473,10 +440,9 @@ def measure(recipe, train, test, flags, device):
     """
     found, labels = {}, fingerprint(train.labels, test.labels)
     pooled = (train.pool(), test.pool()) if flags.shots or flags.episodes else None
-    if flags.episodes:
-        for shot in (1, 5):
-            how = dict(way=flags.way, shot=shot, episodes=flags.episodes, seed=flags.seed)
-            found[f"{flags.way}-way {shot}-shot episodes"] = episode_accuracies(*pooled, **how), how
+    for shot in (1, 5) if flags.episodes else ():
+        how = dict(way=flags.way, shot=shot, episodes=flags.episodes, seed=flags.seed)
+        found[f"{flags.way}-way {shot}-shot episodes"] = episode_accuracies(*pooled, **how), how
     attentive = recipe if recipe.head == "attentive" else BENCHMARKS["diving48"]
     jobs = [(recipe, 0)] if not pooled else []
     for k in flags.shots or []:  # both heads; 0: all labels
@@ -485,12 +451,11 @@ def measure(recipe, train, test, flags, device):
         each = each._replace(epochs=each.epochs and (flags.probe_epochs or each.epochs))
         name, seeds = f"{k or 'all'} labels, {each.head} head", range(flags.seed, flags.seed + (DRAWS if k else flags.seeds))
         clips = pooled if pooled and each.pooled else (train, test)
-        found[name] = accuracies(each, *clips, seeds, device, k, name), dict(**each._asdict(), labels_per_class=k,
-                                                                             seeds=list(seeds))
+        found[name] = accuracies(each, *clips, seeds, device, k, name), {**each._asdict(), "k": k, "seeds": [*seeds]}
     return {name: {"values": values, "how": {**how, "labels": labels}} for name, (values, how) in found.items()}
 
 
-def evaluate(frozen, name, train_source, test_source, flags):
+def evaluate(frozen, name, sources, flags):
     """Measure what the command line asks for, print it, and write it to results-NAME.json in the encoder's folder.
 
     Other measurements that this file holds of the same encoder and clips stay in it.
@@ -498,13 +463,14 @@ def evaluate(frozen, name, train_source, test_source, flags):
     recipe = BENCHMARKS.get(name, BENCHMARKS["diving48"])
     # Other clips than usual, or the untrained encoder, have files of their own.
     name += "-{}-{}".format(*flags.blob_clips) * (name == "blobs" and flags.blob_clips != BLOB_CLIPS)
-    name += f"-{train_source.frames}x{train_source.crop}" * bool(flags.frames or flags.crop)
+    name += f"-{sources[0].frames}x{sources[0].crop}" * bool(flags.frames or flags.crop)
     name += "-untrained" * frozen.about.startswith("untrained")
-    if flags.episodes:  # refuses, before hours of extraction, what cannot be drawn
-        draw_episodes(*(torch.tensor(source.labels) for source in (train_source, test_source)), flags.way, 5, 0, 0)
-    sets = {split: extract(frozen, source, f"{name}-{split}", recipe.pooled, flags.workers)
-            for split, source in (("train", train_source), ("test", test_source))}
-    (train, train_note), (test, test_note) = sets.values()
+    path = frozen.folder / f"results-{name}.json"
+    before = read_json(path)  # before hours of extraction: it may be damaged, and episodes may not be there to be drawn
+    if flags.episodes:
+        draw_episodes(*(source.labels for source in sources), flags.way, 5, 0, 0)
+    (train, lost), (test, test_lost) = (extract(frozen, source, f"{name}-{split}", recipe.pooled, flags.workers)
+                                        for split, source in zip(("train", "test"), sources))
     measurements = measure(recipe, train, test, flags, frozen.encoder.video.device)
     classes = len({*train.labels.tolist(), *test.labels.tolist()})
     print(f"{frozen.about}, {name}: {len(train.labels):,} clips to learn from, {len(test.labels):,} to be tested on, "
@@ -513,146 +479,13 @@ def evaluate(frozen, name, train_source, test_source, flags):
         values = found["values"]
         spread = f" ± {np.std(values, ddof=1):.2f} over {len(values)}" if len(values) > 1 else ""
         print(f"    {label:<36} top-1 {np.mean(values):6.2f}{spread}", flush=True)
-    path, identity = frozen.folder / f"results-{name}.json", [train_note["identity"], test_note["identity"]]
-    before = read_json(path)
-    measurements = (before["measurements"] if before.get("identity") == identity else {}) | measurements
-    write_json(path, {
-        "benchmark": name, "encoder": frozen.about, "checkpoint": flags.weights or flags.checkpoint,
-        "sha256": fingerprint(*weights_of(frozen.encoder)), "frames": train_source.frames, "crop": train_source.crop,
-        **{split: {"clips": len(clips.labels), "unreadable": [sentence for _, sentence in note["unreadable"]]}
-           for split, (clips, note) in sets.items()}, "identity": identity, "measurements": measurements})
+    what = {"benchmark": name, "encoder": frozen.about, "checkpoint": flags.weights or flags.checkpoint,
+            "sha256": encoder_fingerprint(frozen.encoder), "frames": sources[0].frames, "crop": sources[0].crop,
+            "train": {"clips": len(train.labels), "unreadable": [*lost.values()]},
+            "test": {"clips": len(test.labels), "unreadable": [*test_lost.values()]}}
+    same = all(before.get(key) == value for key, value in what.items())
+    write_json(path, {**what, "measurements": (before["measurements"] if same else {}) | measurements})
     print(f"written to {path}")
-
-
-# -------------------------------------------------------------------------------------------------------- pictures
-
-MASKED_COLOUR = (1.0, 0.45, 0.0)
-COLOURS = ("#d62728", "#ff7f0e", "#bcbd22", "#2ca02c", "#17becf", "#1f77b4", "#9467bd", "#e377c2", "#7f7f7f", "#8c564b")
-
-
-def enlarge(cells, times):
-    """[..., h, w] -> [..., h * times, w * times]."""
-    return cells.repeat_interleave(times, -2).repeat_interleave(times, -1)
-
-
-def tint_masked(frames, visible, grid, patch):
-    """Frames [t, 3, H, W] in 0..1 with every token tinted that is not among the visible ones [n]."""
-    masked = torch.ones(math.prod(grid), dtype=torch.bool)
-    masked[visible] = False
-    masked = enlarge(masked.view(grid), patch).unsqueeze(1)  # (t, 1, H, W)
-    return torch.where(masked, 0.25 * frames + 0.75 * torch.tensor(MASKED_COLOUR).view(3, 1, 1), frames)
-
-
-def principal_colours(tokens):
-    """The three main components of tokens [B, N, D] as red, green and blue in 0..1: [B, N, 3].
-
-    One basis for all clips. A component's sign is arbitrary: here its largest entry is positive, so a second look gives
-    the same picture. The outermost percent at either end is clipped.
-    """
-    flat = tokens.flatten(0, 1).cpu().double()
-    flat = flat - flat.mean(0)
-    basis = torch.linalg.eigh(flat.T @ flat).eigenvectors[:, -3:].flip(-1)  # (D, 3), strongest first
-    basis = basis * basis.take_along_dim(basis.abs().argmax(0, keepdim=True), 0).sign()
-    scores = flat @ basis  # (B * N, 3)
-    low, high = scores.quantile(0.01, dim=0), scores.quantile(0.99, dim=0)
-    return ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float().unflatten(0, tokens.shape[:2])
-
-
-def save_rows(rows, path):
-    """A list of rows [t, 3, H, W] -> a PNG with a row's pictures side by side, small ones enlarged to about 128."""
-    images = torch.cat(rows)
-    images = enlarge(images, max(1, 128 // images.shape[-1]))
-    grid = make_grid(images, nrow=len(rows[0]), pad_value=1)
-    write_image(path, Image.fromarray((255 * grid).round().byte().permute(1, 2, 0).numpy()))
-
-
-def clip_pictures(frozen, untrained, clips):
-    """Write masks.png and features.png of uint8 clips [B, 3, T, H, W], a picture for each time step of the grid.
-
-    Both have three rows for each clip. masks.png: its frames, and what each of the two masks hides of them, as a batch
-    of these clips is cut. features.png: its frames, the main components of its features, and the untrained encoder's.
-    """
-    patch, tubelet = frozen.encoder.patch, frozen.encoder.tubelet
-    grid = token_grid(*clips.shape[2:], patch, tubelet)
-    frames = clips[:, :, ::tubelet].transpose(1, 2) / 255  # (B, t, 3, H, W)
-    motion = motion_map(data.normalise(clips), grid) if frozen.masking.motion_strength else None
-    masks = sample_masks(len(clips), grid, frozen.masking, torch.Generator().manual_seed(0), motion)
-    tinted = [[tint_masked(*each, grid, patch) for each in zip(frames, visible)] for visible, _ in masks]
-    tokens = [torch.cat([last_level(each.encoder, clip.unsqueeze(0)) for clip in clips]) for each in (frozen, untrained)]
-    colours = [enlarge(principal_colours(each).unflatten(1, grid).movedim(-1, 2), patch) for each in tokens]
-    for name, rows in (("masks", zip(frames, *tinted)), ("features", zip(frames, *colours))):
-        save_rows([row for rows_of_clip in rows for row in rows_of_clip], frozen.folder / f"{name}.png")
-
-
-def discriminant_axes(features, labels):
-    """The two axes [D, 2] along which classes lie furthest apart, in units of the spread within classes (Fisher)."""
-    x = features.double() - features.double().mean(0)  # (n, D)
-    means = torch.stack([x[labels == label].mean(0) for label in labels.unique()])  # (classes, D)
-    within = (x - means[labels]).T @ (x - means[labels]) / len(x)
-    within += 1e-3 * within.diagonal().mean() * torch.eye(len(within), dtype=within.dtype)
-    root = torch.linalg.inv(torch.linalg.cholesky(within))
-    return root.T @ torch.linalg.eigh(root @ (means.T @ means) @ root.T).eigenvectors[:, -2:].flip(-1)
-
-
-def plot(panels, path, connected=False):
-    """Write panels side by side, {title: {name: (x, y)}}: points or connected lines, each panel in its own scale."""
-    side, edge = 400, 60
-    image = Image.new("RGB", (len(panels) * (side + 3 * edge), side + 2 * edge), "white")
-    draw = ImageDraw.Draw(image)
-    for i, (title, series) in enumerate(panels.items()):
-        left = edge + i * (side + 3 * edge)
-        low, high = ([bound(map(bound, values)) for values in zip(*series.values())] for bound in (min, max))
-        draw.rectangle((left, edge, left + side, edge + side), outline="black")
-        draw.text((left, edge - 24), title, "black")
-        for share in (0, 1):
-            for axis, at in enumerate(((left + share * (side - 30), edge + side + 6),
-                                       (left - 46, edge + (1 - share) * (side - 10)))):
-                draw.text(at, f"{low[axis] + share * (high[axis] - low[axis]):.3g}", "black")
-        for number_of, (name, values) in enumerate(series.items()):
-            colour = COLOURS[number_of % len(COLOURS)]
-            x, y = ([(value - a) / max(b - a, 1e-9) for value in each] for each, a, b in zip(values, low, high))
-            points = [(left + side * a, edge + side * (1 - b)) for a, b in zip(x, y)]
-            draw.text((left + side + 8, edge + 16 * number_of), name, colour)
-            if connected:
-                draw.line(points, colour, 2)
-            for a, b in [] if connected else points:
-                draw.ellipse((a - 2, b - 2, a + 2, b + 2), colour)
-    write_image(path, image)
-
-
-def motion_picture(frozen, untrained, count):
-    """Write motion.png: held-out moving shapes on the two discriminant axes of direction, coloured by direction.
-
-    Axes are fitted on the clips that a linear head learns from; the points are the clips that it is tested on.
-    """
-    panels = {}
-    for each in (untrained, frozen):
-        sets = held_out(each.encoder, each.config, count)
-        labels = [shapes.factors(range(clips))["direction"] for shapes, clips in sets]
-        train, test = (shape_features(each.encoder, *some, each.about)[1].squeeze(1).double().cpu() for some in sets)
-        points = (test - train.mean(0)) @ discriminant_axes(train - train.mean(0), labels[0])  # (count / 3, 2)
-        panels[each.about] = {name: points[labels[1] == i].T.tolist() for i, name in enumerate(DIRECTIONS)}
-    plot(panels, frozen.folder / "motion.png")
-
-
-def curves(frozen):
-    """Write curves.png: every loss of metrics.csv over steps, and feature_std."""
-    lines = list(csv.DictReader((frozen.folder / "metrics.csv").open()))
-    columns = {name: [float(line[name]) for line in lines] for name in lines[0] if name != "ema"}
-    losses = list(columns)[1:list(columns).index("total") + 1]
-    plot({"losses over steps": {name: (columns["step"], columns[name]) for name in losses},
-          "feature_std over steps": {"feature_std": (columns["step"], columns["feature_std"])}},
-         frozen.folder / "curves.png", connected=True)
-
-
-def some_clips(source, count=4):
-    """A few clips of a source that can be read, the same ones every time: uint8 [count, 3, T, H, W]."""
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0)).tolist()
-    clips = (clip for item in order for clip in data.read_all([item], source) if torch.is_tensor(clip))
-    chosen = list(itertools.islice(clips, count))
-    if not chosen:
-        raise ValueError(f"none of the {len(source)} clips can be read; one is {data.read_all(order[:1], source)[0]}")
-    return torch.stack(chosen)
 
 
 # --------------------------------------------------------------------------------------------------------- command
@@ -668,8 +501,8 @@ def parse(arguments):
     add = parser.add_argument
     add("--checkpoint", help="last.pt of a run folder")
     add("--weights", help="a V-JEPA 2.1 checkpoint, ViT-B or ViT-L")
-    add("--untrained", nargs="?", const="", metavar="SIZE",
-        help="random weights: those of the run's seed or, without a checkpoint, of a network of this size and --seed")
+    add("--untrained", nargs="?", const="", choices=["", *SIZES], help="random weights: those of the run's seed or, "
+        "without a checkpoint, of a network of this size and --seed")
     add("--out", metavar="DIR", help="folder for features and results; by default the checkpoint's")
     add("--frames", type=number(1), help="of a clip; by default as in training, else 16")
     add("--crop", type=number(1), help="pixels; by default as in training, else 224")
@@ -680,35 +513,28 @@ def parse(arguments):
     add("--probe-epochs", type=number(1), help="in the place of the benchmark's own")
     add("--seed", type=number(0), default=0, help="the first, of heads, their shuffling, and draws")
     add("--seeds", type=number(1), default=1, help="how many heads to train on all labels")
-    add("--shots", type=numbers, metavar="K,K,...", help="labelled clips per class; all")
+    add("--shots", type=numbers, metavar="K,K,...", help="labelled clips per class, or all")
     add("--episodes", type=number(1), nargs="?", const=EPISODES, help=f"how many; {EPISODES} by default")
     add("--way", type=number(2), default=5, help="classes of an episode")
-    add("--pictures", action="store_true", help="of masks, features, motion and training")
     add("--clips", type=number(FEWEST_CLIPS), default=2304, help="moving shapes to train a head on")
     add("--blob-clips", type=numbers, metavar="TRAIN,TEST", default=BLOB_CLIPS, help="160,40 as in the study")
     add("--workers", type=number(0), default=min(8, os.cpu_count()), help="processes that read videos")
     flags = parser.parse_args(arguments)
-    lists, few = flags.train_list or flags.test_list, flags.shots or flags.episodes
+    lists = flags.train_list or flags.test_list
     wrong = {
         "give one of --checkpoint, --weights and --untrained SIZE":
             bool(flags.checkpoint) + bool(flags.weights) + bool(flags.untrained) != 1,
-        f"--untrained {flags.untrained} is not one of {', '.join(SIZES)}": flags.untrained and flags.untrained not in SIZES,
         "--weights needs --out DIR, a folder for features and results": flags.weights and not flags.out,
         "--train-list and --test-list go together": lists and not (flags.train_list and flags.test_list),
         "--benchmark and your own lists ask for different clips; give one": lists and flags.benchmark,
         "--blob-clips takes two numbers, as 160,40": len(flags.blob_clips) != 2 or 0 in flags.blob_clips,
         "--episodes needs --benchmark, or --train-list and --test-list": flags.episodes and not (flags.benchmark or lists),
-        "--pictures goes without --shots and --episodes": flags.pictures and few,
         "--root is for --benchmark": flags.root and not flags.benchmark,
-        "blobs are 8 frames of 160 px, whatever --frames and --crop":
-            flags.benchmark == "blobs" and (flags.frames or flags.crop),
+        "blobs are 8 frames of 160 px: no --frames, no --crop": flags.benchmark == "blobs" and (flags.frames or flags.crop),
         f"--benchmark {flags.benchmark} needs --root DIR; `python data.py --check DIR` says what belongs in there":
-            flags.benchmark not in (None, "blobs") and not flags.root,
-    }
+            flags.benchmark not in (None, "blobs") and not flags.root}
     for sentence in [sentence for sentence, holds in wrong.items() if holds]:
         parser.error(sentence)
-    if flags.train_list and not few:
-        flags.shots = [0, LABELS]
     return flags
 
 
@@ -720,21 +546,13 @@ def main(arguments=None):
     own, frames, crop = flags.train_list, frozen.config["frames"], frozen.config["crop"]
     name, *sources = open_sources(flags, frames, crop)
     print(frozen.about)
-    if flags.pictures:
-        clips = some_clips(sources[1]) if own or flags.benchmark else held_out(
-            frozen.encoder, frozen.config, 1)[0][0].clips(range(4)).cpu()
-        untrained = open_frozen(flags, True)
-        frozen.folder.mkdir(parents=True, exist_ok=True)
-        clip_pictures(frozen, untrained, clips)
-        motion_picture(frozen, untrained, flags.clips)
-        if (frozen.folder / "metrics.csv").exists():
-            curves(frozen)
-        return
     if not (flags.benchmark or own):
         show_shapes({"untrained" if flags.untrained is not None else "encoder": probe_shapes(
             frozen.encoder, frozen.config, flags.clips, flags.seed, flags.shots or [LABELS])}, flags.clips)
+    if own and not (flags.shots or flags.episodes):
+        flags.shots = [0, LABELS]
     for each in [frozen] + [open_frozen(flags, True)] * bool(own and flags.untrained is None):
-        evaluate(each, name, *sources, flags)
+        evaluate(each, name, sources, flags)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import fcntl
 import functools
-import io
 import json
 import os
 import shutil
@@ -219,14 +218,6 @@ def locked(path):
     finally:
         HELD.remove(handle)
         os.close(handle)
-
-
-def write_image(path, image):
-    """Write a Pillow image as PNG, and say so."""
-    buffer = io.BytesIO()
-    image.save(buffer, "png")
-    write_file(path, buffer.getvalue())
-    print(f"written to {path}")
 
 
 def command(program, smaller, stopped="stopped"):

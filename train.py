@@ -61,7 +61,7 @@ class Config:
     batch: int = setting(16, "clips per step, over all ranks together", 1)
     micro_batch: int = setting(0, "clips that are masked and averaged together; 0: all that a rank has of a batch", 0)
     lr: float = setting(1e-3, "learning rate after the warm-up, which is the first 1 %% of the steps", 0)
-    warmup_lr: float = setting(1e-4, "learning rate of step 0", 0)
+    warmup_lr: float = setting(1e-4, "learning rate before step 0", 0)
     weight_decay: float = setting(0.04, "of all but biases and 1-D tensors", 0)
     ema: float = setting(0.97, "momentum of the target encoder", 0, 1)
     ctx_weight: float = setting(0.5, "what the context loss counts for at the end of the run", 0)
@@ -79,8 +79,8 @@ class Config:
         return token_grid(self.frames, self.crop, self.crop, self.patch, self.tubelet)
 
 
-STUDY = dict(frames=16, crop=224, model="vit_base", patch=16, steps=30_000, batch=32, micro_batch=8, lr=6e-4, ema=0.99925,
-             workers=8, log_every=100, save_every=1000)
+STUDY = dict(frames=16, crop=224, model="vit_base", patch=16, steps=30_000, batch=32, micro_batch=8, lr=6e-4,
+             ema=0.99925, workers=8, log_every=100, save_every=1000)
 PRESETS = {
     "synthetic": dict(),
     "ucf101": dict(STUDY, fps=16),
@@ -158,8 +158,13 @@ def collapse_meter(h, most_tokens=4096):
     gram = tokens.T @ tokens
     squared = torch.linalg.eigvalsh(gram.cpu() if gram.device.type == "mps" else gram)  # singular values, squared
     squared = squared * (squared > 1e-6 * squared[-1])  # what lies below is rounding
-    share_of_each = squared.sqrt() / squared.sqrt().sum().clamp(min=1e-12)
-    return torch.special.entr(share_of_each).sum().exp(), tokens.std(0).mean()
+    share = squared.sqrt() / squared.sqrt().sum().clamp(min=1e-12)
+    return torch.special.entr(share).sum().exp(), tokens.std(0).mean()
+
+
+def collapsed(row):
+    """Whether features are dead by a line of metrics.csv, a dict: then probes of them mean nothing."""
+    return float(row["feature_std"]) < 0.1 or float(row["effective_rank"]) < 2
 
 
 def make_optimizer(model, config):
@@ -194,11 +199,11 @@ def training_sources(config):
     """Where a run's clips come from: a list of sources, and how often each is drawn."""
     how = config.frames, config.crop, config.frame_step, config.fps
     if config.data:
-        return [data.Videos(*data.own_videos(config.data), *how)], [1.0]
+        return [data.Clips(*data.own_videos(config.data), *how)], [1.0]
     if config.preset == "synthetic":
         return [Shapes(config.frames, config.crop, config.seed, world=config.world)], [1.0]
     if config.preset == "blobs":
-        return [data.BlobVideos(*how)], [1.0]
+        return [data.BlobClips(*how)], [1.0]
     shares = data.MIXED if config.preset == "mixed" else {"ucf101": 1.0}
     return [data.open_dataset(name, config.root, "train", *how) for name in shares], list(shares.values())
 
@@ -218,13 +223,13 @@ def open_run(config, objective, resume):
     # The objective itself goes in beside its name: its coefficients may change between two versions of a file.
     content = json.loads(json.dumps({**asdict(config), "definition": asdict(objective)}))
     begun = any((folder / name).exists() and (folder / name).stat().st_size for name in ("last.pt", "metrics.csv"))
-    if not begun and folder.exists() and {path.name for path in folder.iterdir()} - {"config.json", "metrics.csv"}:
+    if not begun and {path.name for path in folder.iterdir()} - {"config.json", "metrics.csv"}:
         raise ValueError(f"{folder} holds something that is not a run; choose another --out")
-    checkpoint, there = None, {"config.json": read_json(folder / "config.json")} if begun else {}
-    if begun and not resume and there["config.json"]:
+    there = {"config.json": read_json(folder / "config.json")} if begun else {}
+    if begun and not resume:
         raise ValueError(f"{folder} holds a run already; add --resume to go on with it, or choose another --out")
-    if (folder / "last.pt").exists():
-        checkpoint = probe.load_checkpoint(folder / "last.pt")
+    checkpoint = probe.load_checkpoint(folder / "last.pt") if (folder / "last.pt").exists() else None
+    if checkpoint:
         there["last.pt"] = {**checkpoint["config"], "definition": json.loads(json.dumps(checkpoint["definition"]))}
     for name, before in there.items():
         different = [key for key in content if key not in NOT_COMPUTED and before.get(key) != content[key]]
@@ -233,7 +238,8 @@ def open_run(config, objective, resume):
     if checkpoint and not 0 < checkpoint["step"] <= config.steps:
         raise ValueError(f"{folder}/last.pt says step {checkpoint['step']} of {config.steps}; it is damaged")
     metrics = kept_metrics(folder / "metrics.csv", checkpoint["step"] if checkpoint else 0, config)
-    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob("*.tmp"):  # of a process that was killed while it wrote
+        left.unlink()
     write_json(folder / "config.json", content)
     write_file(folder / "metrics.csv", metrics.encode())
     return checkpoint
@@ -245,11 +251,10 @@ def kept_metrics(path, first_step, config):
     Raises ValueError where one is missing or damaged.
     """
     header, *lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else [""]
-    kept = [line for line in lines if line.endswith("\n") and line.split(",")[0].isdigit()
-            and int(line.split(",")[0]) < first_step]
-    wanted = [step for step in range(first_step) if step % config.log_every == 0 or step + 1 == config.steps]
-    whole = all(line.count(",") == header.count(",") for line in kept) and header.startswith("step,")
-    if [int(line.split(",")[0]) for line in kept] != wanted or kept and not whole:
+    steps = [line.split(",")[0] for line in lines]
+    kept = [line for line, step in zip(lines, steps) if line.endswith("\n") and step.isdigit() and int(step) < first_step]
+    wanted = [str(step) for step in range(first_step) if step % config.log_every == 0 or step + 1 == config.steps]
+    if [line.split(",")[0] for line in kept] != wanted or any(line.count(",") != header.count(",") for line in kept):
         raise ValueError(f"{path} is damaged: it should hold a line every {config.log_every} steps up to step "
                          f"{first_step}; put the whole file back, or choose another --out")
     return "".join([header, *kept]) if kept else ""
@@ -270,7 +275,7 @@ def report(folder, row, bar, config):
                       if name not in ("step", "grad_norm", "lr", "ema", "ctx_weight"))
     broken = folder / "unreadable.txt"
     failed, drawn = broken.read_bytes().count(b"\n") if broken.exists() else 0, (row["step"] + 1) * config.batch
-    shown += f", {failed:,} unreadable" if failed else ""
+    shown += f", {failed:,} unreadable" * bool(failed)
     bar.set_postfix_str(shown)
     if bar.disable:
         print(f"step {row['step'] + 1} of {config.steps}: {shown}", flush=True)
@@ -290,9 +295,11 @@ class Trainer:
         self.config, self.device, self.ranks = config, device, ranks
         self.model = build(config).to(device)
         if config.weights:
-            pretrained = load_vjepa(config.weights, config.model, config.patch, config.tubelet).state_dict()
-            self.model.encoder.load_state_dict(pretrained)
-            self.model.target.load_state_dict(pretrained)
+            pretrained, found = load_vjepa(config.weights)
+            if any(getattr(config, name) != value for name, value in found.items()):
+                raise ValueError(f"{config.weights} needs " + ", ".join(f"--{name} {found[name]}" for name in found))
+            for network in (self.model.encoder, self.model.target):
+                network.load_state_dict(pretrained.state_dict())
         self.objective = self.model.objective
         # At momentum 1 the target never moves: what is learned is in the encoder.
         self.evaluated = "encoder" if self.objective.ema and config.ema == 1 else self.objective.evaluated
@@ -305,6 +312,7 @@ class Trainer:
         torch.backends.cuda.enable_cudnn_sdp(False)
         if config.compile or config.compile is None and device.type == "cuda":
             self.model.compile()
+
     def step(self, step, micro_batches):
         """One training step on micro-batches: uint8 clips [B, 3, T, H, W], and masks, a list of (visible, masked) ids.
 
@@ -374,8 +382,8 @@ class Trainer:
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
             fits = False
         if not fits:
-            raise ValueError(f"{self.config.out}/last.pt does not fit the networks of this run; it is damaged, or of "
-                             "another version of model.py")
+            raise ValueError(f"{self.config.out}/last.pt does not fit the networks of this run: it is damaged, or was "
+                             "written by another version")
         return checkpoint["step"]
 
 
@@ -387,13 +395,13 @@ class StopSignal:
         self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def receive(self, number, frame):
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
+    def receive(self, received, frame):
+        self.received = received
+        signal.signal(received, signal.SIG_DFL)
 
     def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for each, handler in self.before.items():
+            signal.signal(each, handler)
 
     def agreed(self):
         """The signal, on all ranks if it reached any: one that stopped alone would leave the others waiting.
@@ -410,17 +418,15 @@ def start_ranks(config):
     """(rank, number of ranks, device); starts the process group under torchrun."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(name for name in here if here[name]) if config.device == "auto" else config.device
+    ranks, device = int(os.environ.get("WORLD_SIZE", 1)), torch.device(name)
     if not here[name]:
         raise ValueError(f"--device {name}: torch finds no such device on this machine; leave the flag out")
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
     if ranks == 1:
-        return 0, 1, torch.device(name)
-    device = torch.device(name)
+        return 0, 1, device
     if name == "cuda":
-        local, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= found:
+        device, found = torch.device(name, int(os.environ["LOCAL_RANK"])), torch.cuda.device_count()
+        if device.index >= found:
             raise ValueError(f"this machine has {found} GPUs; give torchrun --nproc_per_node={found}, or fewer")
-        device = torch.device(name, local)
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
     return dist.get_rank(), ranks, device
@@ -439,10 +445,9 @@ def prepare(config, rank, ranks, device):
 
 def run_steps(trainer, batches, start, rank):
     """Train from step `start` to the end, or to a signal; returns the last step, and the signal's number or 0."""
-    config, folder, stopping = trainer.config, Path(trainer.config.out), 0
+    config, folder, step, stopping = trainer.config, Path(trainer.config.out), trainer.config.steps - 1, 0
     bar = tqdm(total=config.steps * config.batch, initial=start * config.batch, unit="clip", desc=config.objective,
                file=sys.stdout, disable=True if rank else None)  # None: where there is no terminal
-    step = config.steps - 1
     with StopSignal() as stop, bar:
         for step, micro_batches in enumerate(data.loader(batches, start, config.workers, trainer.device), start):
             losses, h, gradient_norm = trainer.step(step, micro_batches)
@@ -453,9 +458,8 @@ def run_steps(trainer, batches, start, rank):
             if (logging or saving) and not trainer.healthy:  # at these steps alone the host waits for the device
                 raise FloatingPointError(f"the loss or its gradient was not finite by step {step}; {folder}/last.pt is "
                                          "the last good checkpoint, if there is one; start again with a lower --lr")
-            if logging:
-                row = trainer.row(step, losses, h, gradient_norm)
-            if logging and rank == 0:
+            row = trainer.row(step, losses, h, gradient_norm) if logging else None
+            if row and rank == 0:
                 report(folder, row, bar, config)
             if saving and rank == 0:
                 trainer.save(folder, step + 1)
@@ -490,11 +494,6 @@ def train(config, resume=False):
     return stopping
 
 
-def collapsed(last):
-    """Whether the features are dead by the last line of metrics.csv, a dict: then probes of them mean nothing."""
-    return float(last["feature_std"]) < 0.1 or float(last["effective_rank"]) < 2
-
-
 def finish(trainer, folder):
     """Probe the trained encoder, and one with random weights on the same clips; write it all to result.json."""
     config, found = trainer.config, {}
@@ -509,8 +508,7 @@ def finish(trainer, folder):
         if config.data or config.root:
             print("These clips are generated, not yours; probe.py reads yours.")
         if collapsed(last):
-            print("The features have collapsed (feature_std below 0.1, or effective rank below 2): what the probes say "
-                  "of the trained encoder means nothing.")
+            print("The features have collapsed: what the probes say of the trained encoder means nothing.")
     machine = f"{trainer.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     write_json(folder / "result.json", {"config": asdict(config), "machine": machine, "last": last, **found})
 
@@ -541,16 +539,17 @@ def parse(arguments):
         "--root is for --preset mixed or ucf101, without --data": config.root and not needs_root,
         f"--preset {config.preset} needs --root DIR, the folder that holds the study's datasets, or --data with your own "
         "videos; `python data.py --check DIR` says what a folder lacks": needs_root and not config.root,
-        f"--probe-clips {config.probe_clips} are too few to probe 8 classes with; give at least {probe.FEWEST_CLIPS}, or "
-        "0 for no table": 0 < config.probe_clips < probe.FEWEST_CLIPS,
+        f"--probe-clips {config.probe_clips} are too few; give at least {probe.FEWEST_CLIPS}, or 0 for no table":
+            0 < config.probe_clips < probe.FEWEST_CLIPS,
         f"{config.frames} frames in tubelets of {config.tubelet} give fewer than 2 time steps; raise --frames":
             config.frames < 2 * config.tubelet}
     for sentence in [sentence for sentence, holds in wrong.items() if holds]:
         parser.error(sentence)
     if not config.out:  # the objective, what of the method was changed by flags, and the seed
         changes = {"-as-released": config.as_released, f"-without-{config.ablate}": config.ablate,
+                   f"-{config.world}": config.world != Config.world,
                    f"-ema-{config.ema:g}": config.ema != PRESETS[config.preset].get("ema", Config.ema)}
-        config.out = "-".join(["runs/" + (Path(config.data).stem or config.preset), config.objective]) + "".join(
+        config.out = f"runs/{Path(config.data).stem or config.preset}-{config.objective}" + "".join(
             change for change in changes if changes[change]) + f"-seed{config.seed}"
     return config, flags
 

@@ -1,0 +1,173 @@
+"""Pictures that a person understands: what masks hide, what features see, where motion lies, how losses fell.
+
+    python tests/pictures.py --checkpoint runs/NAME/last.pt     of generated clips, into the run folder
+    ... --benchmark ucf101 --root DIR                           of the clips of a benchmark
+    ... --train-list A.csv --test-list B.csv                    of your own videos
+
+masks.png, features.png, motion.png and, in a run folder, curves.png. Takes the flags of probe.py.
+"""
+import csv
+import io
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torchvision.utils import make_grid
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import probe
+from model import token_grid
+from objectives import motion_map, sample_masks
+from probe import held_out, last_level, shape_features
+from synthetic import DIRECTIONS, command, write_file
+
+MASKED_COLOUR = (1.0, 0.45, 0.0)
+COLOURS = ("#d62728", "#ff7f0e", "#bcbd22", "#2ca02c", "#17becf", "#1f77b4", "#9467bd", "#e377c2", "#7f7f7f", "#8c564b")
+
+
+def save_image(path, image):
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    write_file(path, buffer.getvalue())
+    print(f"written to {path}")
+
+
+def enlarge(cells, times):
+    """[..., h, w] -> [..., h * times, w * times]."""
+    return cells.repeat_interleave(times, -2).repeat_interleave(times, -1)
+
+
+def tint_masked(frames, visible, grid, patch):
+    """Frames [t, 3, H, W] in 0..1 with every token tinted that is not among the visible ones [n]."""
+    masked = torch.ones(math.prod(grid), dtype=torch.bool)
+    masked[visible] = False
+    masked = enlarge(masked.view(grid), patch).unsqueeze(1)  # (t, 1, H, W)
+    return torch.where(masked, 0.25 * frames + 0.75 * torch.tensor(MASKED_COLOUR).view(3, 1, 1), frames)
+
+
+def principal_colours(tokens):
+    """The three main components of tokens [B, N, D] as red, green and blue in 0..1: [B, N, 3], one basis for all clips.
+
+    A component's sign is arbitrary: here its largest entry is positive, so a second look gives the same picture.
+    """
+    flat = tokens.flatten(0, 1).cpu().double()
+    flat = flat - flat.mean(0)
+    basis = torch.linalg.eigh(flat.T @ flat).eigenvectors[:, -3:].flip(-1)  # (D, 3), strongest first
+    basis = basis * basis.take_along_dim(basis.abs().argmax(0, keepdim=True), 0).sign()
+    scores = flat @ basis  # (B * N, 3)
+    low, high = scores.quantile(0.01, dim=0), scores.quantile(0.99, dim=0)
+    return ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float().unflatten(0, tokens.shape[:2])
+
+
+def clip_pictures(frozen, untrained, clips):
+    """Write masks.png and features.png of uint8 clips [B, 3, T, H, W], a picture for each time step of the grid.
+
+    Both have three rows for each clip. masks.png: its frames, and what each of the two masks hides of them, as a batch
+    of these clips is cut. features.png: its frames, the main components of its features, and the untrained encoder's.
+    """
+    patch, tubelet = frozen.encoder.patch, frozen.encoder.tubelet
+    grid = token_grid(*clips.shape[2:], patch, tubelet)
+    frames = clips[:, :, ::tubelet].transpose(1, 2) / 255  # (B, t, 3, H, W)
+    motion = motion_map(data.normalise(clips), grid) if frozen.masking.motion_strength else None
+    masks = sample_masks(len(clips), grid, frozen.masking, torch.Generator().manual_seed(0), motion)
+    tinted = [[tint_masked(*each, grid, patch) for each in zip(frames, visible)] for visible, _ in masks]
+    tokens = [torch.cat([last_level(each.encoder, clip.unsqueeze(0)) for clip in clips]) for each in (frozen, untrained)]
+    colours = [enlarge(principal_colours(each).unflatten(1, grid).movedim(-1, 2), patch) for each in tokens]
+    for name, rows in (("masks", zip(frames, *tinted)), ("features", zip(frames, *colours))):
+        pictures = torch.cat([row for rows_of_clip in rows for row in rows_of_clip])  # (rows * t, 3, H, W)
+        pictures = enlarge(pictures, max(1, 128 // pictures.shape[-1]))
+        sheet = (255 * make_grid(pictures, nrow=grid[0], pad_value=1)).round().byte()
+        save_image(frozen.folder / f"{name}.png", Image.fromarray(sheet.permute(1, 2, 0).numpy()))
+
+
+def discriminant_axes(x, labels):
+    """The two axes [D, 2] along which classes of x [n, D], of mean 0, lie furthest apart for the spread in them (Fisher)."""
+    means = torch.stack([x[labels == label].mean(0) for label in range(int(labels.max()) + 1)])  # (classes, D)
+    within = (x - means[labels]).T @ (x - means[labels]) / len(x)
+    within += 1e-3 * within.diagonal().mean() * torch.eye(len(within), dtype=within.dtype)
+    root = torch.linalg.inv(torch.linalg.cholesky(within))
+    return root.T @ torch.linalg.eigh(root @ (means.T @ means) @ root.T).eigenvectors[:, -2:].flip(-1)
+
+
+def plot(panels, path, connected=False):
+    """Write panels side by side, {title: {name: (x, y)}}: points or connected lines, each panel in its own scale."""
+    side, edge = 400, 60
+    image = Image.new("RGB", (len(panels) * (side + 3 * edge), side + 2 * edge), "white")
+    draw = ImageDraw.Draw(image)
+    for i, (title, series) in enumerate(panels.items()):
+        left = edge + i * (side + 3 * edge)
+        (left_value, right_value), (low, high) = ([bound(map(bound, values)) for bound in (min, max)]
+                                                  for values in zip(*series.values()))
+        draw.rectangle((left, edge, left + side, edge + side), outline="black")
+        for x, y, text in ((left, edge - 24, title), (left, edge + side + 6, f"{left_value:.3g}"), (left - 46, edge, f"{high:.3g}"),
+                           (left + side - 30, edge + side + 6, f"{right_value:.3g}"), (left - 46, edge + side - 10, f"{low:.3g}")):
+            draw.text((x, y), text, "black")
+        for j, (name, values) in enumerate(series.items()):
+            colour = COLOURS[j % len(COLOURS)]
+            points = [(left + side * (x - left_value) / max(right_value - left_value, 1e-9),
+                       edge + side * (high - y) / max(high - low, 1e-9)) for x, y in zip(*values)]
+            draw.text((left + side + 8, edge + 16 * j), name, colour)
+            if connected:
+                draw.line(points, colour, 2)
+            for x, y in [] if connected else points:
+                draw.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
+    save_image(path, image)
+
+
+def motion_picture(frozen, untrained, count):
+    """Write motion.png: held-out moving shapes on the two discriminant axes of direction, coloured by direction.
+
+    Axes are fitted on the clips that a linear head learns from; the points are the clips that it is tested on.
+    """
+    panels = {}
+    for each in (untrained, frozen):
+        sets = held_out(each.encoder, each.config, count)
+        labels = [shapes.factors(range(clips))["direction"] for shapes, clips in sets]
+        train, test = (shape_features(each.encoder, *some, each.about)[1].squeeze(1).double().cpu() for some in sets)
+        points = (test - train.mean(0)) @ discriminant_axes(train - train.mean(0), labels[0])  # (count / 3, 2)
+        panels[f"{each.about}: first and second discriminant axis"] = {
+            name: points[labels[1] == i].T.tolist() for i, name in enumerate(DIRECTIONS)}
+    plot(panels, frozen.folder / "motion.png")
+
+
+def curves(frozen):
+    """Write curves.png: every loss of metrics.csv over steps, and feature_std."""
+    lines = list(csv.DictReader((frozen.folder / "metrics.csv").open()))
+    columns = {name: [float(line[name]) for line in lines] for name in lines[0] if name != "ema"}
+    losses = list(columns)[1:list(columns).index("total") + 1]
+    plot({f"{title} over steps": {name: (columns["step"], columns[name]) for name in names} for title, names in
+          (("losses", losses), ("feature_std", ["feature_std"]))}, frozen.folder / "curves.png", connected=True)
+
+
+def some_clips(source, count=4):
+    """A few clips of a source that can be read, the same ones every time: uint8 [count, 3, T, H, W]."""
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0)).tolist()
+    clips = (clip for item in order for clip in data.read_all([item], source) if torch.is_tensor(clip))
+    chosen = list(itertools.islice(clips, count))
+    if not chosen:
+        raise ValueError(f"none of the {len(source)} clips can be read; one is {data.read_all(order[:1], source)[0]}")
+    return torch.stack(chosen)
+
+
+@command("pictures.py", smaller="number of --clips, or --crop")
+def main(arguments=None):
+    flags = probe.parse(arguments)
+    frozen, untrained = probe.open_frozen(flags, flags.untrained is not None), probe.open_frozen(flags, True)
+    frozen.folder.mkdir(parents=True, exist_ok=True)
+    if flags.benchmark or flags.train_list:
+        _, _, source = probe.open_sources(flags, frozen.config["frames"], frozen.config["crop"])
+        clips = some_clips(source)
+    else:
+        clips = held_out(frozen.encoder, frozen.config, 1)[0][0].clips(range(4)).cpu()
+    clip_pictures(frozen, untrained, clips)
+    motion_picture(frozen, untrained, flags.clips)
+    if (frozen.folder / "metrics.csv").exists():
+        curves(frozen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
