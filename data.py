@@ -5,10 +5,12 @@
 Nothing here knows the method. Clips stay uint8 until `normalise`: workers hand over a quarter of the bytes.
 """
 import argparse
+import contextlib
 import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -72,8 +74,10 @@ def read_video(path, choose):
             packets = [(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
                        for packet in container.demux(stream) if packet.size and not packet.is_corrupt]
             times = sorted(time for time, _, _, cut_away in packets if not cut_away) if trusted(packets, stream) else []
-            count, duration = len(times), (times[-1] - times[0]) * stream.time_base if times else 0
-            rate = float((count - 1) / duration if duration else stream.average_rate or 1)
+            known = [time for time, _, _, cut_away in packets if time is not None and not cut_away]
+            count, duration = len(times), (max(known) - min(known)) * stream.time_base if known else 0
+            measured = duration and (times or not stream.average_rate)
+            rate = float((len(known) - 1) / duration if measured else stream.average_rate or 1)
             chosen = choose(count, rate) if times else []
             keys = [time for time, _, is_key, _ in packets if is_key and chosen and time <= times[chosen[0]]]
             found = decode_by_time(container, stream, max(keys), {times[i]: i for i in chosen}) if keys else {}
@@ -359,7 +363,7 @@ class Batches:
     make_masks(clips, positions, sizes) with two generators. Micro-batch j of a step draws where its blocks lie from
     (seed, step, j), and how large they are from (seed, step), whichever rank takes it. Clips are drawn with replacement:
     first the source, by weight, then any of its items; `Shapes` makes new ones, by the batch. For a file that cannot be
-    read another of its source is taken, and a line of the file `unreadable` says so.
+    read another of its source is taken, and a line in the file `unreadable` says so: step, source, path and reason.
     Raises ValueError where batch, micro-batch and ranks do not fit.
     """
 
@@ -388,14 +392,14 @@ class Batches:
             if hasattr(self.sources[0], "clips"):
                 clips = self.sources[0].clips([step * batch + place for place in places])
             else:
-                clips = torch.stack([self.readable_clip(self.sources[sources[place]], items[place],
+                clips = torch.stack([self.readable_clip(step, self.sources[sources[place]], items[place],
                                                         generator_for(seed, CLIP, step, place)) for place in places])
             # The released code draws the same positions on every GPU (README, departure 11).
             positions = generator_for(seed, MASK, step, 0 if self.config.as_released else j)
             micro_batches.append((clips, self.make_masks(clips, positions, generator_for(seed, SIZE, step, 0))))
         return micro_batches
 
-    def readable_clip(self, source, item, generator):
+    def readable_clip(self, step, source, item, generator):
         """A clip of this item, or of the first other one that can be read."""
         for _ in range(MAX_UNREADABLE):
             try:
@@ -403,7 +407,7 @@ class Batches:
             except Unreadable as error:
                 # In any worker of any rank: whole lines at the end of a file do not mix.
                 with open(self.unreadable, "a", encoding="utf-8", errors="surrogateescape") as file:  # any file name
-                    file.write(f"{source.name}\t{error.path}\t{error.reason}\n")
+                    file.write(f"{step}\t{source.name}\t{error.path}\t{error.reason}\n")
                 item, last = torch.randint(len(source), (), generator=generator).item(), error
         raise ValueError(f"{MAX_UNREADABLE} files of {source.name} in a row cannot be read, the last is {last}")
 
@@ -416,11 +420,23 @@ def start_worker(_):
         os.close(handle)
 
 
+def load(items, workers, **how):
+    """What torch's DataLoader makes of items in so many worker processes, one by one; no worker outlives an error."""
+    try:
+        yield from DataLoader(items, batch_size=None, num_workers=workers, worker_init_fn=start_worker, **how)
+    except Exception:
+        for worker in multiprocessing.active_children():
+            with contextlib.suppress(RuntimeError):  # torch's, of a worker that was killed
+                worker.kill()
+                worker.join()
+        raise
+
+
 def loader(batches, start=0, workers=0, device=torch.device("cpu")):
     """The batches from step `start` on, prepared by so many processes (their torch runs one thread each)."""
     # With a generator of its own, the loader leaves the global one alone: a resumed run must not find it moved.
-    return DataLoader(batches, batch_size=None, sampler=range(start, len(batches)), num_workers=workers,
-                      worker_init_fn=start_worker, pin_memory=device.type == "cuda", generator=torch.Generator())
+    return load(batches, workers, sampler=range(start, len(batches)), pin_memory=device.type == "cuda",
+                generator=torch.Generator())
 
 
 # ----------------------------------------------------------------------------------------- folders, and your own lists
@@ -442,9 +458,10 @@ def files_below(folder):
     """All files below a folder, in order; links to folders are followed, what is hidden is left out."""
     found, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not is_hidden(name)] if os.path.realpath(place) not in seen else []
+        new = os.path.realpath(place) not in seen  # links may go round in circles
         seen.add(os.path.realpath(place))
-        found += [Path(place, name) for name in names if not is_hidden(name)]
+        folders[:] = [name for name in folders if new and not is_hidden(name)]
+        found += [Path(place, name) for name in names if new and not is_hidden(name)]
     return sorted(found)
 
 
@@ -568,7 +585,7 @@ def diving48(root):
         classes, _ = read_split(vocabulary, lambda words: (" ".join(words), None))
 
     def parse(entry):
-        return videos / f"{entry['vid_name']}.mp4", range(len(classes))[entry["label"]]
+        return videos / f"{entry['vid_name']}.mp4", range(len(classes)).index(entry["label"])
     return Files(*(read_split(first_there(root, f"Diving48_V2_{split}.json"), parse) for split in ("train", "test")),
                  classes)
 
@@ -623,8 +640,8 @@ def inspect_file(path):
 
 def inspect(title, paths, workers):
     """Read every file and print what there is to say. Returns whether a run on these files would go through."""
-    results = DataLoader(paths, batch_size=None, num_workers=workers, collate_fn=inspect_file)
-    results = list(tqdm(results, desc=title, unit="file", leave=False, disable=None))
+    results = load(paths, workers, collate_fn=inspect_file)
+    results = list(tqdm(results, desc=title, total=len(paths), unit="file", leave=False, disable=None))
     reasons = [result for result in results if isinstance(result, str)]
     facts = list(zip(*(result for result in results if not isinstance(result, str))))
     for what, values in zip(("height", "width", "frames", "frames per second"), facts):

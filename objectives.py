@@ -1,12 +1,12 @@
 """What Video JEPA is trained on: masks, the core loss, every auxiliary term, and the table of named objectives.
 
-A term is a function of `Outputs` (everything the networks made of one batch) to a scalar. It knows nothing of training.
+A term is a function of `Outputs` (all that the networks made of one batch) to a scalar, and knows nothing of training.
 To add an objective, write one function, name it in `TERMS`, and add one line to `OBJECTIVES`; if the term has a small
 network of its own to train, a head, add one line to `HEADS`.
 
 Notation of the equations: Z is z at a visible token and Z+ is z one time step later at the same row and column; H and
-H+ are the detached targets at the same two places. A "pair" is a visible token whose next one is visible too. |.| is
-the absolute value, averaged over channels. Shapes are named in model.py.
+H+ are the detached targets at these two places. A "pair" is a visible token whose next one is visible too. |.| is the
+absolute value, averaged over channels. Shapes are named in model.py.
 """
 import math
 from dataclasses import dataclass, field, replace
@@ -39,9 +39,9 @@ class Masking:
     """How an objective draws its two masks.
 
     motion_strength s: blocks fall where things move, with probability proportional to (mean motion under block)^s;
-    uniform_share r: the share of blocks that is placed uniformly all the same; first_steps: only the first share of
-    the time steps may be visible, and all the rest is predicted (future-predictive); maxima_mixed_up: motion maps as
-    the released code makes them; random_cut: clips are cut to equal counts at random (`--ablate cut`).
+    uniform_share r: the share of blocks that is placed uniformly all the same; first_steps: only the first share of the
+    time steps may be visible, all the rest is predicted (future-predictive); maxima_mixed_up: `motion_map` as released;
+    random_cut: clips are cut to equal counts at random (`--ablate cut`).
     """
     motion_strength: float = 0.0
     uniform_share: float = 0.0
@@ -52,35 +52,33 @@ class Masking:
     @property
     def kinds(self):
         """The two masks of a clip: fewer blocks where later time steps are hidden anyway."""
-        return (SHORT_RANGE, LONG_RANGE) if self.first_steps == 1.0 else (SHORT_RANGE._replace(blocks=4),
-                                                                          LONG_RANGE._replace(blocks=1))
+        if self.first_steps == 1.0:
+            return SHORT_RANGE, LONG_RANGE
+        return SHORT_RANGE._replace(blocks=4), LONG_RANGE._replace(blocks=1)
 
 
 def motion_map(clips, grid, maxima_mixed_up=False):
     """How much each grid cell moves: normalised clips [B, 3, T, H, W] -> [B, t, h, w], each clip's maximum 1.
 
-    The absolute difference between neighbouring frames, averaged over colours (the first frame repeats the first
-    difference) and resized trilinearly to the grid. A clip that stands still gives zeros.
-    maxima_mixed_up: time step k of every clip is divided by the maximum of clip k, as in the released code (README,
-    departure 10), where a [B, 1, 1] of maxima meets maps [B, t, h, w]. Raises ValueError where B is less than t.
+    The absolute difference of neighbouring frames, averaged over colours (the first frame repeats the first difference)
+    and resized trilinearly. A clip that stands still gives zeros. maxima_mixed_up: time step k of every clip is divided
+    by the maximum of clip k (README, departure 10: maxima [B, 1, 1] meet maps [B, t, h, w]); ValueError where B < t.
     """
     difference = (clips[:, :, 1:] - clips[:, :, :-1]).abs().mean(1, keepdim=True)  # (B, 1, T-1, H, W)
     difference = torch.cat((difference[:, :, :1], difference), dim=2)  # (B, 1, T, H, W)
     motion = F.interpolate(difference, size=grid, mode="trilinear").squeeze(1)  # (B, t, h, w)
     largest = motion.amax((1, 2, 3), keepdim=True)
-    if maxima_mixed_up:
-        if len(clips) < grid[0]:
-            raise ValueError(f"--as-released divides each of {grid[0]} time steps by the maximum of another clip, but a "
-                             f"micro-batch has {len(clips)} clips; give --micro-batch {grid[0]} or more")
-        return motion / largest[:grid[0]].clamp(min=1e-6).view(1, -1, 1, 1)
-    return torch.where(largest > 0, motion / largest, 0.0)
+    if not maxima_mixed_up:
+        return torch.where(largest > 0, motion / largest, 0.0)
+    if len(clips) < grid[0]:
+        raise ValueError(f"--as-released divides each of {grid[0]} time steps by the maximum of another clip, but a "
+                         f"micro-batch has {len(clips)} clips; give --micro-batch {grid[0]} or more")
+    return motion / largest[:grid[0]].clamp(min=1e-6).view(1, -1, 1, 1)
 
 
 def middle_pixels(clips, grid):
-    """All that `motion_map` looks at: clips [B, 3, T, H, W] -> [B, 3, T, h or 2h, w or 2w], with the same motion map.
-
-    Resizing to the grid reads the middle pixel of a cell, or the middle two, along each axis.
-    """
+    """All that `motion_map` looks at, the middle pixel or two of a cell along each axis, at a small share of the cost:
+    clips [B, 3, T, H, W] -> [B, 3, T, h or 2h, w or 2w], with the same motion map."""
     for axis, cells in ((3, grid[1]), (4, grid[2])):
         clips = clips.unflatten(axis, (cells, -1))  # a cell's pixels stand in axis + 1
         span = clips.shape[axis + 1]
@@ -94,8 +92,7 @@ def draw_block_size(kind, grid, generator):
     low, high = ASPECT_RATIOS
     aspect = low + (high - low) * torch.rand((), generator=generator).item()
     cells = int(h * w * kind.scale)
-    return (min(h, max(1, round(math.sqrt(cells * aspect)))),
-            min(w, max(1, round(math.sqrt(cells / aspect)))))
+    return min(h, max(1, round(math.sqrt(cells * aspect)))), min(w, max(1, round(math.sqrt(cells / aspect))))
 
 
 def place_blocks(kind, size, grid, masking, motion, generator):
@@ -112,8 +109,7 @@ def place_blocks(kind, size, grid, masking, motion, generator):
             weights = None
     masked = torch.zeros(grid, dtype=torch.bool)
     for _ in range(kind.blocks):
-        uniform = weights is None or torch.rand((), generator=generator).item() < masking.uniform_share
-        if uniform:
+        if weights is None or torch.rand((), generator=generator).item() < masking.uniform_share:
             corner = torch.randint(corners[0] * corners[1], (), generator=generator).item()
         else:
             corner = torch.multinomial(weights, 1, generator=generator).item()
@@ -126,23 +122,23 @@ def place_blocks(kind, size, grid, masking, motion, generator):
 
 def cut_to(tokens, count, generator=None):
     """The first `count` of a clip's sorted token ids or, with a generator, as many of them at random, sorted."""
-    return tokens[:count] if generator is None else tokens[torch.randperm(len(tokens), generator=generator)[:count]].sort().values
+    order = None if generator is None else torch.randperm(len(tokens), generator=generator)[:count].sort().values
+    return tokens[:count] if order is None else tokens[order]
 
 
 def sample_masks(batch, grid, masking, generator, motion=None, sizes=None):
     """Draw both masks of a batch: a list of (visible [B, n], masked [B, k]), sorted token ids.
 
     One block size per mask for the whole batch, positions per clip. A clip with nothing left to see is drawn again;
-    then all clips are cut to the batch's smallest counts, dropping the last tokens of the raster order, which are the
-    late time steps (README, departure 13). Future-predictive masks lose none: what is not visible is predicted.
+    then all clips are cut to the batch's smallest counts, dropping the end of the raster order, that is late time steps
+    (README, departure 13). Future-predictive masks lose none: what is not visible is predicted.
     sizes: a generator for block sizes alone, where several micro-batches of a step need the same ones.
     Raises ValueError where the grid is too small for the blocks.
     """
     masks, tokens = [], torch.arange(math.prod(grid))
     at_random = torch.Generator().manual_seed(generator.initial_seed() + 1) if masking.random_cut else None
     for kind in masking.kinds:
-        size = draw_block_size(kind, grid, sizes or generator)
-        clips = []
+        size, hidden = draw_block_size(kind, grid, sizes or generator), []
         for i in range(batch):
             for _ in range(MAX_REDRAWS):
                 mask = place_blocks(kind, size, grid, masking, None if motion is None else motion[i], generator)
@@ -151,15 +147,13 @@ def sample_masks(batch, grid, masking, generator, motion=None, sizes=None):
             else:
                 raise ValueError(f"no mask of {kind.blocks} blocks of {size[0]}x{size[1]} tokens leaves anything "
                                  f"visible on a token grid of {grid}; use a larger crop or smaller patches")
-            clips.append(mask.flatten())
-        fewest_visible, fewest_masked = (min(int(clip.sum()) for clip in each) for each in ([~clip for clip in clips], clips))
-        visible = torch.stack([cut_to(tokens[~clip], fewest_visible, at_random) for clip in clips])  # (B, n)
+            hidden.append(mask.flatten())
+        fewest = min(int((~mask).sum()) for mask in hidden)
+        visible = torch.stack([cut_to(tokens[~mask], fewest, at_random) for mask in hidden])  # (B, n)
         if masking.first_steps < 1.0:
-            masked = torch.ones(batch, len(tokens), dtype=torch.bool).scatter(1, visible, False).nonzero()[:, 1]
-            masked = masked.view(batch, -1)  # (B, N - n)
-        else:
-            masked = torch.stack([cut_to(tokens[clip], fewest_masked, at_random) for clip in clips])  # (B, k)
-        masks.append((visible, masked))
+            hidden = torch.ones(batch, len(tokens), dtype=torch.bool).scatter(1, visible, False)
+        fewest = min(int(mask.sum()) for mask in hidden)
+        masks.append((visible, torch.stack([cut_to(tokens[mask], fewest, at_random) for mask in hidden])))  # (B, k)
     return masks
 
 
@@ -184,7 +178,7 @@ class Outputs(NamedTuple):
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The sum over ranks, which every rank's loss depends on: so its gradient is the sum of all ranks' gradients."""
+    """The sum over ranks. Every rank's loss depends on it, so its gradient is the sum of all ranks' gradients."""
 
     @staticmethod
     def forward(ctx, value):
@@ -221,18 +215,13 @@ def mean_over_masks(outputs, errors):
 
 
 def one_step_later(tokens, grid):
-    """Ids of the tokens one time step later at the same row and column: [B, n] -> [B, n].
-
-    The last time step has no later one; its tokens get ids that are in range but mean nothing.
-    """
+    """Ids [B, n] of the tokens one time step later at the same place; in range but meaningless for the last step."""
     return (tokens + grid[1] * grid[2]).clamp(max=math.prod(grid) - 1)
 
 
 def find_pairs(visible, grid):
-    """Where each visible token's next time step stands among the visible ones: (index [B, n], is_pair [B, n]).
-
-    Where is_pair is False the next step is masked or past the end, and the index points at some other token.
-    """
+    """Where each visible token's next time step stands among the visible ones, and whether it is there: (index [B, n],
+    is_pair [B, n]). Where is_pair is False the index points at some other token."""
     wanted = visible + grid[1] * grid[2]
     index = torch.searchsorted(visible, wanted).clamp(max=visible.shape[1] - 1)
     return index, visible.gather(1, index) == wanted
@@ -245,11 +234,8 @@ def target_change(outputs, mask):
 
 
 def appearance_and_dynamics(z, ratio=0.5):
-    """Cut the channels in two: [..., 4D] -> appearance [..., int(ratio 4D)] and dynamics, all the others.
-
-    The cut runs through the four levels side by side: at ratio 0.5 appearance is the two shallow levels and dynamics
-    the two deep ones. It separates depths, not channels of one depth.
-    """
+    """Cut the channels in two: [..., 4D] -> appearance [..., int(ratio 4D)] and dynamics, all the others. At ratio 0.5
+    that is the two shallow and the two deep levels: it separates depths, not channels of one depth."""
     cut = int(ratio * z.shape[-1])
     return z[..., :cut], z[..., cut:]
 
@@ -296,7 +282,7 @@ def context_loss(outputs, squared=False):
 
 
 def hard_weights(error, temperature=1.0):
-    """w = k softmax(e / temperature) over the k tokens of a clip: error [B, k] -> [B, k], mean 1, without gradient."""
+    """w = k softmax(e / temperature) over the k masked tokens of a clip: e [B, k] -> [B, k], mean 1, no gradient."""
     return error.shape[1] * torch.softmax(error.detach() / temperature, dim=1)
 
 
@@ -316,10 +302,7 @@ def hard_weighting(outputs, temperature=1.0):
 
 @torch.no_grad()
 def hard_share(outputs, temperature=1.0):
-    """How uniform the weights of `hard_weighting` are: effective sample size over k, (sum w)^2 / (k sum w^2).
-
-    1 means that all tokens weigh the same.
-    """
+    """How uniform the weights of `hard_weighting` are, at most 1: effective sample size over k, (sum w)^2 / (k sum w^2)."""
     weights = [hard_weights(error, temperature) for error in masked_errors(outputs)]
     return sum((weight.mean(1).square() / weight.square().mean(1)).mean() for weight in weights) / len(weights)
 
@@ -335,10 +318,9 @@ def change_matching(outputs):
 def latent_dynamics(outputs, head, dynamics_only=False, hard=False, temperature=1.0, detached=False):
     """Latent dynamics: mean |d(Z) - (H+ - H)| over pairs, d a small head.
 
-    dynamics_only: d sees the dynamics channels only (with fwm). hard: each pair weighs
-    w = n_pairs softmax(error / temperature) over all pairs of the batch, no gradient through w (with hw).
-    detached: the hard-weighted mean carries no gradient, so the term trains nothing; the released code formed it in a
-    no-gradient block (README, departure 1).
+    dynamics_only: d sees the dynamics channels only (with fwm). hard: each pair weighs n_pairs softmax(error /
+    temperature) over all pairs of the batch, without gradient (with hw). detached: the hard-weighted mean has none
+    either, so the term trains nothing, as in the released code (README, departure 1).
     """
     def errors(mask):
         _, is_pair = find_pairs(mask.visible, outputs.grid)
@@ -364,10 +346,8 @@ def static_appearance(outputs, ratio=0.5):
 
 
 def uncorrelated_factors(outputs, ratio=0.5):
-    """Factorised world model, second half: mean(C^2), C = A^T Dyn / (n - 1), A and Dyn centred.
-
-    The n tokens are all visible tokens of the batch; in float32.
-    """
+    """Factorised world model, second half: mean(C^2), C = A^T Dyn / (n - 1), A and Dyn of all n visible tokens of the
+    batch, centred; in float32."""
     total = 0.0
     for mask in outputs.masks:
         with torch.autocast(mask.z.device.type, enabled=False):
@@ -412,8 +392,8 @@ def latent_temporal_contrast(outputs, margin=0.5):
     """Latent temporal contrast: mean max(0, margin - cos(Z, H) + cos(Z, H+)) over pairs."""
     def errors(mask):
         _, is_pair = find_pairs(mask.visible, outputs.grid)
-        now, then = (take(outputs.h.detach(), tokens)
-                     for tokens in (mask.visible, one_step_later(mask.visible, outputs.grid)))  # (B, n, 4D) each
+        h, later = outputs.h.detach(), one_step_later(mask.visible, outputs.grid)
+        now, then = take(h, mask.visible), take(h, later)  # (B, n, 4D) each
         closeness = F.cosine_similarity(mask.z, now, dim=-1) - F.cosine_similarity(mask.z, then, dim=-1)  # (B, n)
         return (margin - closeness).clamp(min=0), is_pair
     return mean_over_masks(outputs, errors)
@@ -469,9 +449,8 @@ def epps_pulley(sample, directions):
 def sigreg(outputs, directions=1024, chunk=64):
     """Sketched isotropic Gaussian regularisation: `epps_pulley` of all visible tokens of both masks.
 
-    Random unit directions, fresh each time and equal on all ranks. This is the one statistic that spans ranks, as in
-    the study. Directions go through in chunks that the backward pass computes again, so that memory does not grow with
-    their number.
+    Random unit directions, fresh each time, equal on all ranks: the one statistic that spans ranks, as in the study. They
+    go through in chunks that the backward pass computes again, so that memory does not grow with their number.
     """
     with torch.autocast(outputs.h.device.type, enabled=False):
         sample = at_least_float32(torch.cat([mask.z.flatten(0, 1) for mask in outputs.masks]))  # (n, 4D)
@@ -490,8 +469,8 @@ def energy_gradient(head, q, p):
 def hamiltonian(outputs, head, dt=0.1):
     """Hamiltonian flow: mean |q' - q of H+| + mean |p' - p of H+| over pairs, from one step of symplectic Euler.
 
-    Z = (q, p) in halves, E an energy network: q' = q + dt dE/dp(q, p), then p' = p - dt dE/dq(q', p). The gradient of
-    the loss runs through both derivatives.
+    Z = (q, p) in halves, E an energy network: q' = q + dt dE/dp(q, p), then p' = p - dt dE/dq(q', p). The loss's gradient
+    runs through both derivatives.
     """
     def errors(mask):
         q, p = mask.z.chunk(2, dim=-1)  # (B, n, 2D) each
@@ -612,6 +591,7 @@ def without(objective, ingredient):
 FWM = {"fwm_static": Term(0.05), "fwm_orth": Term(0.01)}
 GUIDED = Masking(motion_strength=2.0, uniform_share=0.1)
 STRONGLY_GUIDED = Masking(motion_strength=5.0, uniform_share=0.0)
+ACCELERATION = {"order": 2}
 
 OBJECTIVES = {
     "baseline": Objective("both", "the core loss alone"),
@@ -633,14 +613,13 @@ OBJECTIVES = {
     "fac": Objective("mixed", "fwm + ac from the deep levels", {**FWM, "ac": Term(1.0, {"dynamics_only": True})}),
     "kinematic": Objective("ucf101", "targets change little", {"kinematic": Term(1.0)}, ema=False),
     "kinematic_0_1": Objective("ucf101", "kinematic at a tenth", {"kinematic": Term(0.1)}, ema=False),
-    "kinematic_huber": Objective("ucf101", "kinematic by a Huber loss",
-                                 {"kinematic": Term(0.1, {"huber": True})}, ema=False),
+    "kinematic_huber": Objective("ucf101", "by a Huber loss", {"kinematic": Term(0.1, {"huber": True})}, ema=False),
     "kinematic_accel": Objective("ucf101", "targets accelerate little",
-                                 {"kinematic": Term(0.1, {"order": 2})}, ema=False),
+                                 {"kinematic": Term(0.1, ACCELERATION)}, ema=False),
     "kinematic_split": Objective("ucf101", "shallow targets accelerate little",
-                                 {"kinematic": Term(0.1, {"order": 2, "split": 0.5})}, ema=False),
+                                 {"kinematic": Term(0.1, {**ACCELERATION, "split": 0.5})}, ema=False),
     "kinematic_anneal": Objective("ucf101", "kinematic_accel, fading out over the run",
-                                  {"kinematic": Term(0.1, {"order": 2}, anneal=True)}, ema=False),
+                                  {"kinematic": Term(0.1, ACCELERATION, anneal=True)}, ema=False),
     "sigreg": Objective("ucf101", "features follow an isotropic Gaussian", {"sigreg": Term(1.0)}),
     "sigreg_no_ema": Objective("ucf101", "sigreg, targets from the encoder itself", {"sigreg": Term(1.0)}, ema=False),
     "hamiltonian": Objective("ucf101", "an energy network moves features in time", {"hamiltonian": Term(1.0)}),
@@ -654,25 +633,22 @@ OBJECTIVES = {
 
 def describe(objective):
     """What an objective adds to the core loss, how it masks and where its targets come from, as one line of text."""
-    terms = []
+    terms, masking = [], objective.masking
     for name, term in objective.terms.items():
         options = [option if value is True else f"{option} {value}" for option, value in term.options.items()]
         options += ["annealed"] * term.anneal
-        terms.append(f"{term.coefficient:g} {name}" + (f" ({', '.join(options)})" if options else ""))
-    masking = objective.masking
-    parts = [" + ".join(terms)] if terms else []
-    if masking.motion_strength:
-        parts.append(f"motion-guided masks s={masking.motion_strength:g} r={masking.uniform_share:g}")
-    if masking.first_steps < 1:
-        parts.append(f"future-predictive masks {masking.first_steps:g}")
-    return "; ".join(parts + ["no EMA"] * (not objective.ema)) or "-"
+        terms.append(f"{term.coefficient:g} {name}" + f" ({', '.join(options)})" * bool(options))
+    strength, share = masking.motion_strength, masking.uniform_share
+    guided = f"motion-guided masks s={strength:g} r={share:g}" * bool(strength)
+    future = f"future-predictive masks {masking.first_steps:g}" * (masking.first_steps < 1)
+    return "; ".join(filter(None, (" + ".join(terms), guided, future, "no EMA" * (not objective.ema)))) or "-"
 
 
 def objective_list():
     """The named objectives, a line each: name, regime, what it adds, in words."""
     rows = [(name, objective.regime, describe(objective), objective.about) for name, objective in OBJECTIVES.items()]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join("  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths)), row[3]]) for row in rows)
+    widths = [max(map(len, column)) for column in zip(*rows)][:3] + [0]
+    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)) for row in rows)
 
 
 # ------------------------------------------------------------------------------------------------- losses of a step

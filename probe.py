@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
@@ -96,11 +95,10 @@ def make_encoder(config, state=None):
 def open_frozen(flags, untrained):
     """The encoder that the command line names, or an untrained one. Raises ValueError or OSError where there is none."""
     config = {"seed": flags.seed, "model": flags.untrained, "patch": 16, "tubelet": 2, "frames": 16, "crop": 224}
-    state, masking, folder = None, Masking(), f"runs/untrained-{flags.untrained}-seed{flags.seed}"
+    state, folder = None, f"runs/untrained-{flags.untrained}-seed{flags.seed}"
     if flags.checkpoint:
         checkpoint, folder = load_checkpoint(flags.checkpoint), Path(flags.checkpoint).parent
         config, state = checkpoint["config"], checkpoint[checkpoint["evaluated"]]
-        masking = Masking(**checkpoint["definition"]["masking"])
         changed = f" without {config['ablate']}" * bool(config["ablate"]) + " as released" * config["as_released"]
         about = f"{config['objective']}{changed}, {checkpoint['evaluated']} encoder at step {checkpoint['step']}"
     elif flags.weights:
@@ -110,8 +108,9 @@ def open_frozen(flags, untrained):
         state, about = None, f"untrained {config['model']} of seed {config['seed']}"
     config = {**config, "frames": flags.frames or config["frames"], "crop": flags.crop or config["crop"]}
     try:
+        masking = Masking(**checkpoint["definition"]["masking"]) if flags.checkpoint else Masking()
         return Frozen(make_encoder(config, state), config, masking, about, Path(flags.out or folder))
-    except (KeyError, RuntimeError):
+    except (KeyError, RuntimeError, TypeError):
         raise ValueError(f"{flags.checkpoint} holds an encoder of another version of model.py; train it again") from None
 
 
@@ -375,10 +374,9 @@ def extract(frozen, source, name, pooled, workers):
         for other in {*folder.parent.iterdir()} - {folder}:
             shutil.rmtree(other)  # of other weights or clips
         missing = [start for start in starts if not (folder / f"{start}.pt").exists()]
-        read = DataLoader([range(start, min(start + CHUNK, len(source))) for start in missing], batch_size=None,
-                          collate_fn=functools.partial(data.read_all, source=source), num_workers=workers,
-                          worker_init_fn=data.start_worker)
-        for start, clips in zip(missing, tqdm(read, f"features of {name}", unit=f" x {CHUNK} clips", disable=None)):
+        read = data.load([range(start, min(start + CHUNK, len(source))) for start in missing], workers,
+                         collate_fn=functools.partial(data.read_all, source=source))
+        for start, clips in zip(missing, tqdm(read, f"features of {name}", len(missing), unit=f" x {CHUNK} clips", disable=None)):
             unreadable = {start + i: clip for i, clip in enumerate(clips) if isinstance(clip, str)}
             clips = [clip for clip in clips if torch.is_tensor(clip)]
             tokens = last_level(frozen.encoder, torch.stack(clips)) if clips else torch.zeros(0, 1, 1)  # (b, N, D)

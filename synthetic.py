@@ -211,10 +211,11 @@ def locked(path):
     handle = os.open(path, os.O_RDONLY)
     HELD.append(handle)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is at work on {path}; wait until it ends, or stop it") from None
         yield
-    except BlockingIOError:
-        raise ValueError(f"another process is at work on {path}; wait until it ends, or stop it") from None
     finally:
         HELD.remove(handle)
         os.close(handle)
@@ -261,6 +262,7 @@ def number(least, most=10 ** 9, kind=int):
         if not least <= kind(text) <= most:
             raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
         return kind(text)
+    convert.__name__ = kind.__name__  # argparse says "invalid int value"
     return convert
 
 

@@ -45,11 +45,11 @@ class Config:
     data: str = setting("", 'your own videos: a list (lines "path label" or "path") or a folder')
     root: str = setting("", "the folder that holds the study's datasets")
     world: str = setting("default", "what the synthetic clips show", choices=lambda: WORLDS)
-    frames: int = setting(8, "frames of a clip", 1)
-    crop: int = setting(32, "height and width of a clip in pixels", 1)
+    frames: int = setting(8, "frames of a clip", 1, 10_000)
+    crop: int = setting(32, "height and width of a clip in pixels", 1, 10_000)
     frame_step: int = setting(1, "frames of the video from one frame of a clip to the next", 1)
     fps: int = setting(0, "if given, the frame step is ceil(frames per second of the video) // this", 0)
-    workers: int = setting(0, "loader processes", 0)
+    workers: int = setting(0, "loader processes", 0, 1000)
     max_broken: float = setting(MAX_BROKEN, "stop when a larger share of the clips cannot be read", 0, 1)
     # model
     model: str = setting("tiny", "size of the networks", choices=lambda: SIZES)
@@ -58,7 +58,7 @@ class Config:
     tubelet: int = setting(2, "frames of a token", 1)
     # optimisation
     steps: int = setting(500, "training steps; every schedule is a share of them", 1)
-    batch: int = setting(16, "clips per step, over all ranks together", 1)
+    batch: int = setting(16, "clips per step, over all ranks together", 1, 10 ** 6)
     micro_batch: int = setting(0, "clips that are masked and averaged together; 0: all that a rank has of a batch", 0)
     lr: float = setting(1e-3, "learning rate after the warm-up, which is the first 1 %% of the steps", 0)
     warmup_lr: float = setting(1e-4, "learning rate before step 0", 0)
@@ -212,51 +212,55 @@ def training_sources(config):
 
 # Where a run runs, when it saves and when it gives up: settings that do not change what it computes.
 NOT_COMPUTED = ("out", "device", "compile", "workers", "save_every", "max_broken")
+RUN_FILES = ("config.json", "metrics.csv", "unreadable.txt")  # what a run may leave that never did a step
 
 
-def open_run(config, objective, resume):
-    """Judge the run folder; returns the checkpoint to go on from, or None. A run that has done a step is kept.
+def open_run(config, trainer, resume):
+    """Judge the run folder, and let the trainer go on from the checkpoint in it, which is returned; None if there is none.
 
     Raises ValueError, before anything is written, for a folder that holds something else than the beginning of this run.
     """
     folder = Path(config.out)
     # The objective itself goes in beside its name: its coefficients may change between two versions of a file.
-    content = json.loads(json.dumps({**asdict(config), "definition": asdict(objective)}))
+    content = json.loads(json.dumps({**asdict(config), "definition": asdict(trainer.objective)}))
     begun = any((folder / name).exists() and (folder / name).stat().st_size for name in ("last.pt", "metrics.csv"))
-    if not begun and {path.name for path in folder.iterdir()} - {"config.json", "metrics.csv"}:
+    left = {path for path in folder.iterdir() if path.suffix == ".tmp"}  # of a process that was killed while it wrote
+    if not begun and {*folder.iterdir()} - left - {folder / name for name in RUN_FILES}:
         raise ValueError(f"{folder} holds something that is not a run; choose another --out")
-    there = {"config.json": read_json(folder / "config.json")} if begun else {}
     if begun and not resume:
         raise ValueError(f"{folder} holds a run already; add --resume to go on with it, or choose another --out")
+    there = {"config.json": read_json(folder / "config.json")} if begun else {}
     checkpoint = probe.load_checkpoint(folder / "last.pt") if (folder / "last.pt").exists() else None
     if checkpoint:
         there["last.pt"] = {**checkpoint["config"], "definition": json.loads(json.dumps(checkpoint["definition"]))}
     for name, before in there.items():
         different = [key for key in content if key not in NOT_COMPUTED and before.get(key) != content[key]]
         if different:
-            raise ValueError(f"{folder / name} is of a different run ({', '.join(different)} differ); choose another --out")
-    if checkpoint and not 0 < checkpoint["step"] <= config.steps:
-        raise ValueError(f"{folder}/last.pt says step {checkpoint['step']} of {config.steps}; it is damaged")
-    metrics = kept_metrics(folder / "metrics.csv", checkpoint["step"] if checkpoint else 0, config)
-    for left in folder.glob("*.tmp"):  # of a process that was killed while it wrote
-        left.unlink()
+            raise ValueError(f"{folder / name} is " + (f"of a different run ({', '.join(different)} differ)" if before else
+                                                       "missing") + "; choose another --out")
+    metrics = kept_metrics(folder / "metrics.csv", checkpoint["step"] if checkpoint else 0, trainer)
+    if checkpoint:
+        trainer.load(checkpoint)
+    for path in left:
+        path.unlink()
     write_json(folder / "config.json", content)
     write_file(folder / "metrics.csv", metrics.encode())
     return checkpoint
 
 
-def kept_metrics(path, first_step, config):
+def kept_metrics(path, first_step, trainer):
     """The lines of metrics.csv before first_step; those after it, and half ones, are about to be computed again.
 
     Raises ValueError where one is missing or damaged.
     """
-    header, *lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else [""]
-    steps = [line.split(",")[0] for line in lines]
+    header, *lines = path.read_text(errors="replace").splitlines(keepends=True) or [""] if path.exists() else [""]
+    steps, every = [line.split(",")[0] for line in lines], trainer.config.log_every
     kept = [line for line, step in zip(lines, steps) if line.endswith("\n") and step.isdigit() and int(step) < first_step]
-    wanted = [str(step) for step in range(first_step) if step % config.log_every == 0 or step + 1 == config.steps]
-    if [line.split(",")[0] for line in kept] != wanted or any(line.count(",") != header.count(",") for line in kept):
-        raise ValueError(f"{path} is damaged: it should hold a line every {config.log_every} steps up to step "
-                         f"{first_step}; put the whole file back, or choose another --out")
+    wanted = [str(step) for step in range(first_step) if step % every == 0 or step + 1 == trainer.config.steps]
+    if first_step and header.strip().split(",") != trainer.columns() or [line.split(",")[0] for line in kept] != wanted or \
+            any(line.count(",") != header.count(",") for line in kept):
+        raise ValueError(f"{path} is damaged: it should hold a line every {every} steps up to step {first_step}; put the "
+                         "whole file back, or choose another --out")
     return "".join([header, *kept]) if kept else ""
 
 
@@ -266,15 +270,14 @@ def report(folder, row, bar, config):
     There are no times in the file, so on a CPU a resumed run writes the same one. Raises ValueError where too many
     clips could not be read.
     """
-    with (folder / "metrics.csv").open("a", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        if not file.tell():
-            writer.writeheader()
-        writer.writerow(row)
+    metrics, broken = folder / "metrics.csv", folder / "unreadable.txt"
+    before, line = metrics.read_bytes(), ",".join(map(str, row.values()))
+    write_file(metrics, (before or f"{','.join(row)}\n".encode()) + f"{line}\n".encode())
+    # Workers are ahead of this step, and after a resume they meet the same files again.
+    noted = {*broken.read_bytes().splitlines()} if broken.exists() else {}
+    failed, drawn = sum(int(line.split(b"\t")[0]) <= row["step"] for line in noted), (row["step"] + 1) * config.batch
     shown = ", ".join(f"{name}={value:.3g}" for name, value in row.items()
                       if name not in ("step", "grad_norm", "lr", "ema", "ctx_weight"))
-    broken = folder / "unreadable.txt"
-    failed, drawn = broken.read_bytes().count(b"\n") if broken.exists() else 0, (row["step"] + 1) * config.batch
     shown += f", {failed:,} unreadable" * bool(failed)
     bar.set_postfix_str(shown)
     if bar.disable:
@@ -354,14 +357,19 @@ class Trainer:
         self.healthy &= losses["total"].isfinite() & gradient_norm.isfinite()
         return losses, h, gradient_norm
 
+    def columns(self):
+        """The names of a line of metrics.csv, in order."""
+        terms = self.objective.terms
+        return ["step", "pred", "ctx", *terms, "total", *["hard_share"] * ("hw" in terms), "grad_norm", "lr", "ema",
+                "ctx_weight", "effective_rank", "feature_std"]
+
     def row(self, step, losses, h, gradient_norm):
         """A line of metrics.csv, a dict of numbers; the losses are averaged over ranks, each of which has to call it."""
         means = mean_over_ranks(torch.stack(list(losses.values()))).tolist()
-        effective_rank, feature_std = collapse_meter(h[..., -self.model.encoder.video.shape[-1]:])
-        return {"step": step, **dict(zip(losses, means)), "grad_norm": gradient_norm.item(),
-                "lr": learning_rate(self.config, step), "ema": self.config.ema if self.objective.ema else "",
-                "ctx_weight": coefficients(self.objective, step, self.config.steps, self.config.ctx_weight)["ctx"],
-                "effective_rank": effective_rank.item(), "feature_std": feature_std.item()}
+        rank, deviation = collapse_meter(h[..., -self.model.encoder.video.shape[-1]:])
+        ctx = coefficients(self.objective, step, self.config.steps, self.config.ctx_weight)["ctx"]
+        return dict(zip(self.columns(), [step, *means, gradient_norm.item(), learning_rate(self.config, step),
+                                         self.config.ema if self.objective.ema else "", ctx, rank.item(), deviation.item()]))
 
     def save(self, folder, step):
         """Write all that a later process needs to go on with `step` as its first step."""
@@ -372,19 +380,19 @@ class Trainer:
         write_file(folder / "last.pt", buffer.getvalue())
 
     def load(self, checkpoint):
-        """Take over a checkpoint; returns the first step to do. Raises ValueError where it does not fit the networks."""
+        """Take over a checkpoint. Raises ValueError where it does not fit the networks or the run."""
         try:
             for part in self.PARTS:
                 getattr(self.model, part).load_state_dict(checkpoint[part])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             learning = [*self.model.encoder.parameters(), *self.model.predictor.parameters()]  # a head may be detached
-            fits = all(self.optimizer.state[p][name].shape == p.shape for p in learning for name in ("exp_avg", "exp_avg_sq"))
+            fits = 0 < checkpoint["step"] <= self.config.steps and all(
+                self.optimizer.state[p][name].shape == p.shape for p in learning for name in ("exp_avg", "exp_avg_sq"))
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
             fits = False
         if not fits:
-            raise ValueError(f"{self.config.out}/last.pt does not fit the networks of this run: it is damaged, or was "
-                             "written by another version")
-        return checkpoint["step"]
+            raise ValueError(f"{self.config.out}/last.pt does not fit this run of {self.config.steps} steps: it is damaged, "
+                             "or was written by another version")
 
 
 class StopSignal:
@@ -475,10 +483,12 @@ def train(config, resume=False):
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder) if rank == 0 else nullcontext():
-        checkpoint = [open_run(config, trainer.objective, resume) if rank == 0 else None]
+        checkpoint = [open_run(config, trainer, resume) if rank == 0 else None]
         if ranks > 1:
             dist.broadcast_object_list(checkpoint)
-        start = trainer.load(checkpoint[0]) if checkpoint[0] else 0
+        if rank and checkpoint[0]:
+            trainer.load(checkpoint[0])
+        start = checkpoint[0]["step"] if checkpoint[0] else 0
         del checkpoint  # as large as the networks and their optimizer
         step, stopping = run_steps(trainer, batches, start, rank)
         if rank == 0 and not stopping:

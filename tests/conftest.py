@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -53,12 +54,16 @@ def finished(request):
     folder.cleanup()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def exit_status():
-    """Runs a function in a process of its own, a fork of this one, which may be killed; gives how it ended."""
+    """Runs a function in a process of its own, a fork of this one, which may be killed; gives how it ended, or None."""
     def run(function):
         process = multiprocessing.get_context("fork").Process(target=function)
         process.start()
-        process.join(120)
-        return process.exitcode
+        deadline = time.monotonic() + 60
+        while process.exitcode is None and time.monotonic() < deadline:  # join would wait for its children, too
+            time.sleep(0.01)
+        status = process.exitcode
+        process.kill()
+        return status
     return run

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from model import take
-from objectives import (HEADS, OBJECTIVES, TERMS, MaskKind, Masking, MaskOutputs, Outputs, coefficients, context_loss,
-                        distance_to_masked, draw_block_size, epps_pulley, hard_share, losses, make_heads, middle_pixels,
+from objectives import (HEADS, OBJECTIVES, TERMS, MaskKind, Masking, MaskOutputs, Outputs, Term, coefficients,
+                        context_loss, distance_to_masked, draw_block_size, epps_pulley, hard_share, losses, make_heads, middle_pixels,
                         motion_map, place_blocks, prediction_loss, released_form, sample_masks, without)
 
 LEVEL_WIDTH = 3  # D
@@ -722,6 +722,14 @@ def test_heads_have_the_widths_of_the_study(name, widths):
     assert found == widths
 
 
+def test_a_head_is_added_by_a_line_of_the_table(monkeypatch):
+    monkeypatch.setitem(HEADS, "mine", lambda seen, channels: nn.Linear(seen, channels + 1))
+    for options, seen in (({}, 12), ({"dynamics_only": True}, 6)):
+        objective = replace(OBJECTIVES["baseline"], terms={"mine": Term(1.0, options), "delta": Term(1.0)})
+        heads = make_heads(objective, LEVEL_WIDTH)
+        assert list(heads) == ["mine"] and (heads["mine"].in_features, heads["mine"].out_features) == (seen, 13)
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_released_form_differs_in_nothing_but_its_faults(name):
     objective, released = OBJECTIVES[name], released_form(OBJECTIVES[name])
@@ -756,6 +764,7 @@ def test_coefficients_follow_the_study_at_the_same_share_of_any_run(steps, step,
         found = coefficients(OBJECTIVES[name], step, steps)
         assert found == pytest.approx({"pred": 1.0, "ctx": context_weight,
                                        **{row[1]: row[0] * anneal for row in expected.terms}}, rel=1e-12, abs=1e-15)
+        assert coefficients(OBJECTIVES[name], step, steps, ctx_weight=0.0) == {**found, "ctx": 0.0}
 
 
 def test_annealing_goes_by_epochs():
@@ -809,15 +818,15 @@ def test_masks_are_sorted_disjoint_and_never_empty(grid, masking, batch):
             assert sorted(visible[0].tolist() + masked[0].tolist()) == list(range(math.prod(grid)))
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("batch", [1, 2, 5, 8])
 @pytest.mark.parametrize("masking", [masking for masking in MASKINGS if masking.first_steps < 1], ids=describe)
 @pytest.mark.parametrize("grid", [(2, 3, 3), (5, 4, 3), (8, 6, 6)], ids=str)
-def test_future_predictive_masks_show_the_first_half_only(grid, masking, seed):
-    kept = int(0.5 * grid[0])
-    for visible, masked in draw(1, grid, masking, seed):
-        cells = [cells_of(grid)[token] for token in visible[0].tolist()]
-        assert {cell[0] for cell in cells} == set(range(kept))  # blocks span all of the time
-        assert sorted(visible[0].tolist() + masked[0].tolist()) == list(range(math.prod(grid)))
+def test_future_predictive_masks_show_the_first_half_only_and_predict_all_the_rest(grid, masking, batch):
+    for seed in range(3):
+        for visible, masked in draw(batch, grid, masking, seed):
+            for shown, hidden in zip(visible.tolist(), masked.tolist()):
+                assert {cells_of(grid)[token][0] for token in shown} <= set(range(int(0.5 * grid[0])))
+                assert sorted(shown + hidden) == list(range(math.prod(grid)))  # none is lost, however clips are cut
 
 
 def positions_at_start(visible, grid):
@@ -843,6 +852,37 @@ def test_batch_is_cut_to_its_smallest_counts_from_the_end():
             cut_of_visible += max(map(len, whole_visible)) - visible.shape[1]
             cut_of_masked += max(map(len, whole_masked)) - masked.shape[1]
     assert cut_of_visible > 0 and cut_of_masked > 0  # otherwise nothing was shown
+
+
+def test_a_random_cut_keeps_as_many_tokens_of_the_same_masks_at_any_time_step():
+    grid, last_step = (8, 6, 6), [0, 0]
+    for seed in range(20):
+        for (visible, masked), (kept, kept_masked) in zip(draw(6, grid, Masking(), seed),
+                                                          draw(6, grid, Masking(random_cut=True), seed)):
+            assert kept.shape == visible.shape and kept_masked.shape == masked.shape
+            for clip in range(6):  # the first step tells the whole mask, where the cut does not reach it
+                shown = positions_at_start(visible[clip], grid)
+                tokens, hidden = kept[clip].tolist(), kept_masked[clip].tolist()
+                assert tokens == sorted(set(tokens)) and hidden == sorted(set(hidden))
+                assert all(cells_of(grid)[token][1:] in shown for token in tokens)
+                assert all(cells_of(grid)[token][1:] not in shown for token in hidden)
+                last_step[0] += sum(token >= 7 * 36 for token in visible[clip].tolist()) / visible.shape[1]
+                last_step[1] += sum(token >= 7 * 36 for token in tokens) / len(tokens)
+    assert last_step[0] / 240 < 0.1  # the cut hides late time steps, the random one does not
+    assert last_step[1] / 240 == pytest.approx(1 / 8, abs=0.01)
+    with pytest.raises(ValueError, match="--ablate cut needs masks that are cut"):
+        without(OBJECTIVES["motion_future"], "cut")
+
+
+def test_sizes_come_from_their_own_generator_and_positions_from_the_other():
+    """Two micro-batches of a step: blocks of equal sizes at places of their own."""
+    grid, generator = (4, 14, 14), lambda seed: torch.Generator().manual_seed(seed)
+    masking = Masking(first_steps=0.5)  # its second mask is one block, so that a mask tells its size
+    masks = [sample_masks(1, grid, masking, generator(place), None, generator(7))[1][1] for place in (0, 1, 2, 3, 0)]
+    assert len({mask.shape for mask in masks}) == 1 and len({tuple(mask[0].tolist()) for mask in masks}) > 1
+    assert torch.equal(masks[0], masks[-1])
+    sizes = {sample_masks(1, grid, masking, generator(0), None, generator(seed))[1][1].shape for seed in range(10)}
+    assert len(sizes) > 1
 
 
 def block_sizes(grid, scale):
@@ -1015,8 +1055,8 @@ def resize_axis(array, size, axis):
     return np.stack(slices, axis)
 
 
-def naive_motion_map(clip, grid):
-    """One clip [3, T, H, W] as an array -> [t, h, w]."""
+def naive_motion(clip, grid):
+    """How much one clip [3, T, H, W] moves, before division: an array [t, h, w]."""
     differences = []
     for time in range(clip.shape[1]):
         earlier = max(time - 1, 0)  # the first frame repeats the first difference
@@ -1024,6 +1064,11 @@ def naive_motion_map(clip, grid):
     motion = np.stack(differences)
     for axis in range(3):
         motion = resize_axis(motion, grid[axis], axis)
+    return motion
+
+
+def naive_motion_map(clip, grid):
+    motion = naive_motion(clip, grid)
     return motion / motion.max() if motion.max() > 0 else motion
 
 
@@ -1045,6 +1090,20 @@ def test_the_middle_pixels_of_cells_have_the_same_motion_map(shape, grid, kept):
     few = middle_pixels(clips, grid)
     assert few.shape == (3, 3, shape[0], *kept)
     assert torch.equal(motion_map(few, grid), motion_map(clips, grid))
+
+
+@pytest.mark.parametrize("batch", [4, 5, 7])
+def test_as_released_time_step_k_is_divided_by_the_maximum_of_clip_k(batch):
+    clips = torch.randn(batch, 3, 8, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    clips *= torch.logspace(-1, 1, batch).view(-1, 1, 1, 1, 1)
+    clips[2] = clips[2, :, :1]  # stands still
+    moves = [naive_motion(clip, (4, 3, 3)) for clip in clips.numpy()]
+    motion = motion_map(clips, (4, 3, 3), maxima_mixed_up=True)
+    for i, k in itertools.product(range(batch), range(4)):  # clips from the fifth on divide nothing
+        expected = moves[i][k] / max(moves[k].max(), 1e-6)
+        torch.testing.assert_close(motion[i, k], torch.from_numpy(expected), rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="each of 4 time steps .* a micro-batch has 3 clips; give --micro-batch 4"):
+        motion_map(clips[:3], (4, 3, 3), maxima_mixed_up=True)
 
 
 def test_still_clip_has_no_motion_and_leaves_its_neighbour_alone():

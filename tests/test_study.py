@@ -1,0 +1,326 @@
+"""tests/study.py: intervals, p-values and Holm against known values; tables by hand; a small sweep that goes on."""
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import objectives
+import probe
+import study
+import train
+from conftest import ROOT
+from synthetic import write_json
+
+# ------------------------------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize("count, t", [(2, 12.7062), (3, 4.3027), (5, 2.7764), (10, 2.2622), (600, 1.9639)])
+def test_the_interval_is_student_ts(count, t):
+    values = np.random.default_rng(count).normal(size=count)
+    deviation = math.sqrt(sum((value - values.mean()) ** 2 for value in values) / (count - 1))
+    assert study.interval(values) == pytest.approx(t * deviation / math.sqrt(count), rel=1e-4)
+
+
+@pytest.mark.parametrize("count, t, p", [(2, 1.0, 0.5), (2, 12.7062, 0.05), (3, 4.3027, 0.05), (5, 2.7764, 0.05),
+                                         (10, 2.2622, 0.05), (10, 4.7809, 0.001), (5, 0.0, 1.0)])
+def test_the_p_value_is_student_ts_on_both_sides(count, t, p):
+    values = np.arange(count) - (count - 1) / 2  # mean 0, to which t standard errors are added
+    shift = t * values.std(ddof=1) / math.sqrt(count)
+    assert study.p_value(values + shift) == pytest.approx(p, rel=1e-4)
+    assert study.p_value(values - shift) == pytest.approx(p, rel=1e-4)
+
+
+def test_holm_rejects_step_by_step():
+    """By hand: the smallest of m is held against 0.05 / m, the next against 0.05 / (m - 1), until one fails."""
+    assert study.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == {"a", "d"}  # 0.03 > 0.025
+    assert study.holm({"a": 0.016, "b": 0.024, "c": 0.049}) == {"a", "b", "c"}  # 0.0167, 0.025, 0.05
+    assert study.holm({"a": 0.017, "b": 0.018, "c": 0.019}) == set() == study.holm({})
+
+
+def test_rank_correlation_is_spearmans_and_its_interval_covers_as_often_as_it_says():
+    draw = np.random.default_rng(0)
+    first, second = draw.normal(size=(2, 27))
+    places = [{value: place for place, value in enumerate(sorted(values))} for values in (first, second)]
+    squares = sum((places[0][a] - places[1][b]) ** 2 for a, b in zip(first, second))
+    expected = 1 - 6 * squares / (27 * (27 ** 2 - 1))
+    assert study.rank_correlation(first, second) == pytest.approx(expected)
+    assert study.rank_correlation(first, -first ** 3) == pytest.approx(-1)
+    # Ties share the mean of their ranks: the 2s hold places 2 and 3, the 5s 4 to 6.
+    assert study.ranks([5, 2, 1, 2, 5, 5]).tolist() == [5, 2.5, 1, 2.5, 5, 5]
+    low, high = study.bootstrap(first, second)
+    assert low < expected < high
+    intervals = [study.bootstrap(*draw.normal(size=(2, 27)), draws=200) for _ in range(100)]  # independent: it is 0
+    assert 85 <= sum(low <= 0 <= high for low, high in intervals) <= 99
+
+
+# ----------------------------------------------------------------------------------------------------------- tables
+
+
+def write_lines(path, motion, appearance=None, **more):
+    """Lines of results as a sweep writes them: {name: a value per seed}. motion also stands for linear direction."""
+    for name, values in motion.items():
+        for seed, value in enumerate(values):
+            other = (appearance or {}).get(name, [70.0] * len(values))[seed]
+            numbers = {"5 motion": [value - 2, value + 2], "5 appearance": [other] * 5, "linear direction": value,
+                       "feature_std": 0.01 if name.startswith("kinematic") else 0.5, "effective_rank": 7.5, "pred, first": 0.75}
+            with open(path, "a") as file:
+                file.write(json.dumps({"name": name, "seed": seed, "flags": {"steps": 9}, "numbers": numbers, **more}) + "\n")
+    return str(path)
+
+
+def table_of(text, number):
+    """The cells of one of the printed Markdown tables by row and column."""
+    lines = re.findall(r"((?:^\|.*\n)+)", text, re.M)[number].splitlines()
+    header, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {line[0]: dict(zip(header[1:], line[1:])) for line in lines}
+
+
+def cell(values, t):
+    mean = sum(values) / len(values)
+    return f"{mean:+.1f} ± {t * math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)):.1f}"
+
+
+def test_tables_hold_means_and_paired_differences_and_mark_what_stands_and_what_is_dead(tmp_path, capsys):
+    """t of 3 degrees of freedom is 3.1824. ld stands above the baseline, hw on average alone; fwm has three seeds."""
+    motion = {"ld": [60.0, 62.0, 65.0, 70.0], "baseline": [50.0, 51.0, 55.0, 57.0], "hw": [49.0, 60.0, 56.0, 58.0],
+              "fwm": [70.0, 71.5, 75.0], "delta": [54.0, 53.0, 62.0, 59.5], "kinematic": [12.0, 13.0, 12.0, 13.0],
+              "untrained": [10.0, 11.0], "baseline-slow": [80.0, 81.5, 85.0, 88.0]}
+    path = write_lines(tmp_path / "results.jsonl", motion)
+    assert study.main(["--table", path]) == 0
+    text = capsys.readouterr().out
+    means, differences, logged = (table_of(text, number) for number in range(3))
+    order = ["untrained", "baseline", "hw", "delta", "fwm", "ld", "kinematic †", "baseline-slow"]
+    assert list(means) == order and list(differences) == [name for name in order if name not in ("baseline",)]
+    assert list(logged) == [name.removesuffix(" †") for name in order[1:]] and logged["ld"]["pred, first"] == "0.750 ± 0.000"
+    for name, values in motion.items():
+        row, mean = means[name + " †" * (name == "kinematic")], sum(values) / len(values)
+        deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+        assert row["motion, 5 labels"] == row["direction, linear"] == f"{mean:.1f} ± {deviation:.1f}"
+        assert row["speed, linear"] == "-" and row["seeds"] == str(len(values)) and row["effective_rank"] == "7.5 ± 0.0"
+    base, t = motion["baseline"], {2: 12.7062, 3: 4.3027, 4: 3.1824}
+    paired = {name: cell([a - b for a, b in zip(motion[name], base)], t[len(motion[name])]) for name in motion}
+    # Holm over five objectives, p: ld 0.0015 < 0.0125; delta 0.024 > 0.0167, and hw; baseline-slow is a family of one.
+    for name, shown in (("ld", "{}*"), ("hw", "({})"), ("delta", "{}"), ("fwm", "{}"), ("kinematic †", "{}*"),
+                        ("baseline-slow", "{}*"), ("untrained", "{}")):
+        assert differences[name]["motion, 5 labels"] == shown.format(paired[name.removesuffix(" †")]), name
+    assert differences["ld"]["appearance, 5 labels"] == "(+0.0 ± 0.0)" and "over 5 objectives, or 1 other forms" in text
+    assert study.main(["--table", path, "--reference", "ld", "--rows", "baseline,fwm"]) == 0
+    differences = table_of(capsys.readouterr().out, 1)
+    assert list(differences) == ["baseline", "fwm"] and differences["baseline"]["motion, 5 labels"][:5] == "-11.0"
+    assert study.main(["--table", path, "--reference", "fac"]) == 1
+    assert "no run of 'fac' to compare with; there are untrained, baseline" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line, sentence", [
+    ("{", "line 3 of PATH is not a line of results"), ("[]", "line 3 of PATH is not a line of results"),
+    ('{"name": "ld", "seed": 0}', "line 3 of PATH is not a line of results"),
+    ('{"name": "ld", "seed": 2, "flags": {}, "numbers": {"5 motion": "x"}}', "line 3 of PATH is not a line of results"),
+    ('{"name": "ld", "seed": 2, "flags": {"steps": 8}, "numbers": {}}', "line 3 of PATH: this run of ld has other settings"),
+])
+def test_damaged_lines_and_runs_with_other_settings_are_named(tmp_path, capsys, line, sentence):
+    path = write_lines(tmp_path / "results.jsonl", {"ld": [1.0, 2.0]})
+    Path(path).write_text(Path(path).read_text() + line + "\n")
+    assert study.main(["--table", path]) == 1
+    assert f"study.py: {sentence.replace('PATH', path)}" in capsys.readouterr().err
+    Path(path).write_text("")
+    assert study.main(["--table", path]) == 1 and "hold no results" in capsys.readouterr().err
+
+
+def test_two_sweeps_agree_where_their_differences_have_one_sign(tmp_path, capsys):
+    """Of six differences, of two objectives in three columns, the first sweep shows ld's two of motion."""
+    motion = {"baseline": [50.0, 51.0, 55.0], "hw": [49.0, 60.0, 56.0], "ld": [60.0, 62.0, 64.0]}
+    first = write_lines(tmp_path / "first", motion, {"hw": [69.0, 71.0, 71.0], "ld": [69.0, 71.0, 71.0]})
+    for name, ld, sentence in (("same", [61.0, 63.0, 65.0], "2 have the same sign in {}, and 2 are significant there"),
+                               ("wider", [50.5, 80.0, 80.0], "2 have the same sign in {}, and 0 are significant there"),
+                               ("other", [40.0, 41.0, 45.5], "0 have the same sign in {}, and 2 are significant there")):
+        second = write_lines(tmp_path / name, {**motion, "ld": ld})
+        assert study.main(["--agree", first, second]) == 0
+        output = capsys.readouterr().out
+        assert output.startswith(f"2 of 6 differences from the baseline are significant in {first}"), output
+        assert sentence.format(second) in output
+
+
+def test_the_answer_is_four_comparisons_and_a_trade_off_that_counts_kinematic_objectives_once(tmp_path, capsys):
+    """fwm_hw_ld gains 10 points of motion in every seed, give or take; appearance of all falls where motion rises."""
+    wobble, base = np.array([0.0, 1.0, -1.0, 0.5]), np.array([50.0, 54.0, 51.0, 52.0])
+    gains = {"fwm_hw_ld": 10.0, "ld": 0.4, "hw": 3.0, "delta": 5.0, "kinematic": 20.0, "kinematic_0_1": 40.0}
+    motion = {"baseline": base.tolist(), **{name: (base + gain + wobble).tolist() for name, gain in gains.items()}}
+    appearance = {name: (80 - gains.get(name, 0.0) + wobble).tolist() for name in motion}
+    appearance["baseline"] = [80.0] * 4
+    path = write_lines(tmp_path / "results.jsonl", {**motion, "ld-as-released": [99.0] * 4}, appearance)
+    assert study.main(["--answer", path]) == 0
+    output = capsys.readouterr().out
+    for name, factor, sign, stands in (("fwm_hw_ld", "motion", 1, "stands"), ("fwm_hw_ld", "appearance", -1, "stands"),
+                                       ("ld", "motion", 1, "does not stand"), ("ld", "appearance", -1, "does not stand")):
+        expected = cell(sign * gains[name] + wobble, 3.1824)
+        assert re.search(rf"^{name}, {factor}: {re.escape(expected)}, p = [\d.e-]+, 4 seeds: {stands}$", output, re.M), output
+    # ld, hw, delta, fwm_hw_ld, and both kinematic ones as one, which are dead.
+    assert re.findall(r"^(\w+ \d+): (\S+) ", output, re.M) == [("all 5", "-1.00"), ("living 4", "-1.00")]
+
+
+@pytest.mark.parametrize("flag", ["--answer", "--agree"])
+def test_results_that_lack_what_a_question_needs_are_one_sentence(tmp_path, capsys, flag):
+    path = write_lines(tmp_path / "results.jsonl", {"ld": [1.0, 2.0], "hw": [1.0, 2.0]})
+    assert study.main([flag, path, path][:3 if flag == "--agree" else 2]) == 1
+    assert "baseline" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------- results of probe.py
+
+
+def write_results(folder, values, **how):
+    """results-*.json with one measurement; values: a list of top-1 per run, of which each becomes a file."""
+    folder.mkdir(exist_ok=True)
+    for number, each in enumerate(values):
+        write_json(folder / f"{number}.json", {"measurements": {"all labels": {"values": each, "how": how}}})
+    return [str(folder / f"{number}.json") for number in range(len(values))]
+
+
+def test_two_results_are_compared_draw_by_draw_and_several_run_by_run(tmp_path, capsys):
+    """Draws differ by 12, 10 and 14; means of A 50, 60, 70 and of B 61, 72, 83 by 11, 12 and 13; t(2) is 4.3027."""
+    pair = write_results(tmp_path / "pair", [[50.0, 61.0, 70.0], [62.0, 71.0, 84.0]])
+    assert study.main(["--compare", *pair]) == 0
+    assert f"+12.00 ± {4.3027 * 2 / 3 ** 0.5:.2f}   A 60.33, B 72.33" in capsys.readouterr().out
+    values = [[49.0, 51.0], [60.0, 60.0], [60.0, 80.0], [61.0, 61.0], [70.0, 74.0], [83.0, 83.0]]
+    paths = write_results(tmp_path / "runs", values, seed=0)
+    assert study.main(["--compare", *paths]) == 0
+    assert f"+12.00 ± {4.3027 / 3 ** 0.5:.2f}   A 60.00, B 72.00" in capsys.readouterr().out
+    other, = write_results(tmp_path / "other", values[:1], seed=1)
+    assert study.main(["--compare", *paths[:3], other]) == 0
+    assert re.search(r"all labels +not comparable: its seed differ between results", capsys.readouterr().out)
+    for wrong, sentence in ((paths[:3], "has 3 results; give as many of A as of B"),
+                            (["a.json", paths[0]], "a.json is missing, or is no result of probe.py")):
+        assert study.main(["--compare", *wrong]) == 1 and sentence in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------- a sweep
+
+MINE = '''
+from objectives import HEADS, OBJECTIVES, TERMS, Objective, Term, mlp
+
+TERMS["mine"] = lambda outputs, head: head(outputs.masks[0].z).abs().mean()
+HEADS["mine"] = lambda seen, channels: mlp(seen, 8, channels)
+OBJECTIVES["mine"] = Objective("both", "what a small network sees is small", {"mine": Term(0.5)})
+'''
+TINY = ["--crop", "16", "--patch", "4", "--batch", "4", "--steps", "3", "--log-every", "1", "--probe-clips", "0"]
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """Works in a folder with mine.py; what it adds to tables is taken out again."""
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tables = objectives.TERMS, objectives.HEADS, objectives.OBJECTIVES
+    before = [dict(table) for table in tables]
+    yield tmp_path
+    for table, content in zip(tables, before):
+        table.clear()
+        table.update(content)
+
+
+def test_a_sweep_with_an_objective_of_ones_own_goes_on_and_names_what_failed(mine, capfd):
+    """Of four runs one is finished, one was stopped in its second step, one meets a folder of something else."""
+    folder, with_mine = mine / "study", ["--with", "mine.py"]
+    flags = [*with_mine, "--objective", "baseline,mine", "--seeds", "0,1", "--jobs", "2", "--out", "study", *TINY]
+
+    def alone(name, out):
+        assert study.main([*with_mine, "--child", f"--objective={name[:-6]}", f"--seed={name[-1]}", *TINY, f"--out={out}"]) == 0
+    alone("baseline-seed0", "study/baseline-seed0")
+    alone("mine-seed1", "whole/mine-seed1")
+    terms, calls = dict(objectives.TERMS), []
+
+    def stopping(*arguments):
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        calls.append(1)
+        return terms["mine"](*arguments)
+    objectives.TERMS["mine"] = stopping
+    run = ["--objective", "mine", "--seed", "1", *TINY, "--out", "study/mine-seed1"]
+    assert train.main(run) == 128 + signal.SIGTERM and probe.load_checkpoint("study/mine-seed1/last.pt")["step"] == 2
+    (folder / "baseline-seed1").mkdir()
+    (folder / "baseline-seed1" / "notes.txt").write_text("mine")
+    kept = {path: path.stat().st_mtime_ns for path in (folder / "baseline-seed0").iterdir()}
+    alone("mine-seed0", "study/mine-seed0")
+    capfd.readouterr()
+    assert study.main(flags) == 1
+    output, errors = capfd.readouterr()
+    assert "3 of 4 runs finished" in output and "study/baseline-seed1 failed with exit status 1" in errors
+    assert "the end of study/baseline-seed1.log: train.py: study/baseline-seed1 holds something that is not a run" in errors
+    whole, resumed = ((mine / place / "mine-seed1" / "metrics.csv").read_bytes() for place in ("whole", "study"))
+    assert resumed == whole and whole.count(b"\n") == 4
+
+    (folder / "baseline-seed1" / "notes.txt").unlink()
+    alone("baseline-seed1", "study/baseline-seed1")
+    kept |= {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.parent != folder}
+    for _ in range(2):  # of what is finished nothing runs again, and no line comes twice
+        assert study.main(flags) == 0 and "4 of 4 runs finished" in capfd.readouterr().out
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert sorted((line["name"], line["seed"]) for line in lines) == [("baseline", 0), ("baseline", 1), ("mine", 0), ("mine", 1)]
+    for line in lines:
+        rows = list(csv.DictReader((folder / f"{line['name']}-seed{line['seed']}" / "metrics.csv").open()))
+        assert line["flags"] == {"crop": 16, "patch": 4, "batch": 4, "steps": 3, "log_every": 1, "probe_clips": 0}
+        pred = [float(row["pred"]) for row in rows]
+        assert line["numbers"] == pytest.approx({
+            "feature_std": float(rows[2]["feature_std"]), "effective_rank": float(rows[2]["effective_rank"]),
+            "pred, first": pred[0], "pred, mean": sum(pred) / 3, "pred, last": pred[2]}, rel=1e-12)
+    assert study.main(["--table", "study/results.jsonl"]) == 0
+    assert list(table_of(capfd.readouterr().out, 0)) == ["baseline", "mine"]
+
+    # Its checkpoint is evaluated where nobody knows mine.py.
+    code = ("import sys, probe; probe.FEW = probe.FEW._replace(steps=1); probe.LINEAR = probe.LINEAR._replace(epochs=1); "
+            f"sys.exit(probe.main(['--checkpoint', {str(folder / 'mine-seed1' / 'last.pt')!r}, '--clips', '192']))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("mine, target encoder at step 3\n"), done.stderr
+
+
+def test_a_run_of_a_sweep_is_probed_and_the_untrained_one_has_the_weights_that_a_run_begins_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=1))
+    monkeypatch.setattr(probe, "LINEAR", probe.LINEAR._replace(epochs=1))
+    flags = [*TINY, "--frames", "4", "--probe-clips", "192", "--seed", "2"]
+    run = tmp_path / "untrained-seed2"
+    assert study.main(["--shots", "1,2", "--child", "--objective=untrained", *flags, f"--out={run}"]) == 0
+    config, _ = train.parse(flags)
+    expected = probe.probe_shapes(train.build(config).encoder, vars(config), 192, shots=(1, 2))
+    line = json.loads((run / "study.json").read_text())
+    assert (line["name"], line["seed"]) == ("untrained", 2)
+    assert line["numbers"] == {f"{k} {factor}": value for k in expected for factor, value in expected[k].items()}
+
+
+def test_a_signal_ends_a_sweep_and_its_runs(tmp_path, capsys):
+    flags = ["--objective", "baseline", "--seeds", "0", "--out", str(tmp_path), *TINY, "--steps", "100000"]
+
+    def stop():
+        while not (tmp_path / "baseline-seed0" / "metrics.csv").exists():
+            timer.finished.wait(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+    timer = threading.Timer(0, stop)
+    timer.start()
+    assert study.main(flags) == 128 + signal.SIGTERM
+    assert "goes on from there" in capsys.readouterr().out and not (tmp_path / "results.jsonl").exists()
+    assert 0 < probe.load_checkpoint(tmp_path / "baseline-seed0" / "last.pt")["step"] < 100_000
+
+
+@pytest.mark.parametrize("flags, status, sentence", [
+    ([], 2, "say what to do"), (["--table", "x", "--stepz", "3"], 2, "unrecognized arguments: --stepz 3"),
+    (["--objective", "baseline", "--stepz", "3"], 2, "unrecognized arguments: --stepz 3"),
+    (["--objective", "baseline,mine"], 1, "unknown objective 'mine'; known are baseline"),
+    (["--with", "mine.py", "--objective", "mine"], 1, "mine.py"), (["--table", "nowhere"], 1, "nowhere: No such file"),
+])
+def test_wrong_flags_give_one_sentence(tmp_path, monkeypatch, capsys, flags, status, sentence):
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert study.main(flags) == status == 1
+    except SystemExit as error:
+        assert error.code == status == 2
+    assert sentence in capsys.readouterr().err.splitlines()[-1] and not list(tmp_path.iterdir())
