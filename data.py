@@ -5,6 +5,7 @@
 Nothing here knows the method. Clips stay uint8 until `normalise`: workers hand over a quarter of the bytes.
 """
 import argparse
+import atexit
 import contextlib
 import functools
 import itertools
@@ -83,7 +84,9 @@ def read_video(path, choose):
             found = decode_by_time(container, stream, max(keys), {times[i]: i for i in chosen}) if keys else {}
         if len(found) < len(set(chosen)) or not chosen:
             count = count_from_start(path, os.path.getsize(path), os.stat(path).st_mtime_ns)
-            chosen = choose(count, rate) if count else [0]
+            if not count:
+                raise Unreadable(path, "no frame of it can be decoded")
+            chosen = choose(count, rate)
             found = decode_from_start(path, chosen)
     except (av.FFmpegError, ValueError) as error:
         raise Unreadable(path, getattr(error, "strerror", None) or error) from None
@@ -101,7 +104,8 @@ def open_video(path):
     if not Path(path).is_file():  # a pipe would be waited for
         raise Unreadable(path, "Is a directory" if Path(path).is_dir() else "No such file")
     # The prefix keeps it from taking a colon in a name for a protocol.
-    container = av.open(f"file:{path}", metadata_errors="replace", options={"format_whitelist": ",".join(VIDEO_FORMATS)})
+    limits = {"format_whitelist": ",".join(VIDEO_FORMATS), "max_pixels": str(MOST_PIXELS)}  # to look into it decodes, too
+    container = av.open(f"file:{path}", metadata_errors="replace", options=limits)
     streams = [stream for stream in container.streams.video  # a song's cover is an attached picture
                if not stream.disposition & av.stream.Disposition.attached_pic]
     best = container.streams.best("video")
@@ -160,21 +164,22 @@ def decode_by_time(container, stream, start, chosen):
 
 
 def from_start(path):
-    """Every frame of a video in the decoder's order; from the first good one on, None for a damaged one."""
+    """Every frame of a video in the decoder's order, from the first good key frame on; None for a damaged one."""
     import av
     container, stream = open_video(path)
     with container:
-        begun = False
+        begun = cut_away = False
         for packet in container.demux(stream):
             if not packet.size and packet.dts is not None:
                 continue
+            cut_away = cut_away or packet.is_discard  # the key frame too, perhaps
             try:
                 frames = stream.codec_context.decode(packet)
             except av.FFmpegError:
                 frames = [None]
             for frame in frames:
                 good = frame is not None and not frame.is_corrupt
-                begun = begun or good
+                begun = begun or good and (frame.key_frame or cut_away)
                 if begun:
                     yield frame if good else None
 
@@ -425,11 +430,17 @@ def load(items, workers, **how):
     try:
         yield from DataLoader(items, batch_size=None, num_workers=workers, worker_init_fn=start_worker, **how)
     except Exception:
-        for worker in multiprocessing.active_children():
-            with contextlib.suppress(RuntimeError):  # torch's, of a worker that was killed
-                worker.kill()
-                worker.join()
+        end_workers()
         raise
+
+
+@atexit.register
+def end_workers():
+    """Kill what is left of the loaders' workers: they ignore the signal by which Python would end them, and wait for."""
+    for worker in [worker for worker in multiprocessing.active_children() if worker.daemon]:
+        with contextlib.suppress(RuntimeError):  # torch's, of a worker that was killed
+            worker.kill()
+            worker.join()
 
 
 def loader(batches, start=0, workers=0, device=torch.device("cpu")):
@@ -460,7 +471,7 @@ def files_below(folder):
     for place, folders, names in os.walk(folder, followlinks=True):
         new = os.path.realpath(place) not in seen  # links may go round in circles
         seen.add(os.path.realpath(place))
-        folders[:] = [name for name in folders if new and not is_hidden(name)]
+        folders[:] = sorted(name for name in folders if new and not is_hidden(name))
         found += [Path(place, name) for name in names if new and not is_hidden(name)]
     return sorted(found)
 
@@ -677,7 +688,7 @@ def check(root, workers):
     presets = [preset for preset, names in (("mixed", MIXED), ("ucf101", ["ucf101"])) if all(map(usable.get, names))]
     if not presets:
         paths, _ = own_videos(root)
-        others = Counter(file.suffix for file in files_below(root)) - Counter(path.suffix for path in paths)
+        others = Counter(file.suffix or "without suffix" for file in files_below(root)) - Counter(path.suffix for path in paths)
         print(f"Videos below {root}, of every split: {len(paths):,}; left out as no videos: "
               f"{', '.join(f'{count:,} {suffix}' for suffix, count in others.items()) or 'none'}")
         if not inspect("videos", paths, workers):

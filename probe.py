@@ -106,8 +106,8 @@ def open_frozen(flags, untrained):
         config, state, about = {**config, **found}, encoder.state_dict(), f"{found['model']} of {flags.weights}"
     if untrained:
         state, about = None, f"untrained {config['model']} of seed {config['seed']}"
-    config = {**config, "frames": flags.frames or config["frames"], "crop": flags.crop or config["crop"]}
     try:
+        config = {**config, "frames": flags.frames or config["frames"], "crop": flags.crop or config["crop"]}
         masking = Masking(**checkpoint["definition"]["masking"]) if flags.checkpoint else Masking()
         return Frozen(make_encoder(config, state), config, masking, about, Path(flags.out or folder))
     except (KeyError, RuntimeError, TypeError):
@@ -357,8 +357,16 @@ class Stored(NamedTuple):
         return torch.stack([self.chunks[chunk][row] for chunk, row in (self.rows[row] for row in rows)])
 
 
+def open_chunk(path):
+    """The features and the unreadable clips in a file of `extract`; None where it is missing or damaged."""
+    try:
+        return torch.load(path, mmap=True, weights_only=True)
+    except Exception:  # whatever the bytes of another file lead to
+        return None
+
+
 def extract(frozen, source, name, pooled, workers):
-    """Last-level features of every clip that can be read, as Labelled, and {item: sentence} of those that cannot.
+    """Last-level features of every clip that can be read, as Labelled, and what a result says of them, a dict.
 
     They lie in a folder named after what they depend on, below features-NAME, in a file for every `CHUNK` clips: so an
     extraction that was killed goes on, with the same features to the bit, and other weights, clips or code never meet
@@ -373,7 +381,7 @@ def extract(frozen, source, name, pooled, workers):
     with locked(folder.parent):
         for other in {*folder.parent.iterdir()} - {folder}:
             shutil.rmtree(other)  # of other weights or clips
-        missing = [start for start in starts if not (folder / f"{start}.pt").exists()]
+        missing = [start for start in starts if open_chunk(folder / f"{start}.pt") is None]
         read = data.load([range(start, min(start + CHUNK, len(source))) for start in missing], workers,
                          collate_fn=functools.partial(data.read_all, source=source))
         for start, clips in zip(missing, tqdm(read, f"features of {name}", len(missing), unit=f" x {CHUNK} clips", disable=None)):
@@ -386,7 +394,7 @@ def extract(frozen, source, name, pooled, workers):
             buffer = io.BytesIO()
             torch.save({"features": tokens, "unreadable": unreadable}, buffer)
             write_file(folder / f"{start}.pt", buffer.getvalue())
-    chunks = [torch.load(folder / f"{start}.pt", mmap=True, weights_only=True) for start in starts]
+    chunks = [open_chunk(folder / f"{start}.pt") for start in starts]
     unreadable = {item: sentence for chunk in chunks for item, sentence in chunk["unreadable"].items()}
     if len(unreadable) == len(source):
         raise ValueError(f"no clip of {name} can be read; the first is {unreadable[0]}")
@@ -395,7 +403,8 @@ def extract(frozen, source, name, pooled, workers):
               f"again, delete {folder}")
     rows = [(i, row) for i, chunk in enumerate(chunks) for row in range(len(chunk["features"]))]
     labels = [label for item, label in enumerate(source.labels) if item not in unreadable]
-    return Labelled(Stored([chunk["features"] for chunk in chunks], rows), torch.tensor(labels)), unreadable
+    features = Labelled(Stored([chunk["features"] for chunk in chunks], rows), torch.tensor(labels))
+    return features, {"clips": len(labels), "unreadable": [*unreadable.values()], "identity": identity}
 
 
 # ---------------------------------------------------------------------------------------------------------- results
@@ -467,8 +476,8 @@ def evaluate(frozen, name, sources, flags):
     before = read_json(path)  # before hours of extraction: it may be damaged, and episodes may not be there to be drawn
     if flags.episodes:
         draw_episodes(*(source.labels for source in sources), flags.way, 5, 0, 0)
-    (train, lost), (test, test_lost) = (extract(frozen, source, f"{name}-{split}", recipe.pooled, flags.workers)
-                                        for split, source in zip(("train", "test"), sources))
+    (train, about_train), (test, about_test) = (extract(
+        frozen, source, f"{name}-{split}", recipe.pooled, flags.workers) for split, source in zip(("train", "test"), sources))
     measurements = measure(recipe, train, test, flags, frozen.encoder.video.device)
     classes = len({*train.labels.tolist(), *test.labels.tolist()})
     print(f"{frozen.about}, {name}: {len(train.labels):,} clips to learn from, {len(test.labels):,} to be tested on, "
@@ -479,8 +488,7 @@ def evaluate(frozen, name, sources, flags):
         print(f"    {label:<36} top-1 {np.mean(values):6.2f}{spread}", flush=True)
     what = {"benchmark": name, "encoder": frozen.about, "checkpoint": flags.weights or flags.checkpoint,
             "sha256": encoder_fingerprint(frozen.encoder), "frames": sources[0].frames, "crop": sources[0].crop,
-            "train": {"clips": len(train.labels), "unreadable": [*lost.values()]},
-            "test": {"clips": len(test.labels), "unreadable": [*test_lost.values()]}}
+            "train": about_train, "test": about_test}
     same = all(before.get(key) == value for key, value in what.items())
     write_json(path, {**what, "measurements": (before["measurements"] if same else {}) | measurements})
     print(f"written to {path}")

@@ -238,11 +238,11 @@ def open_run(config, trainer, resume):
         if different:
             raise ValueError(f"{folder / name} is " + (f"of a different run ({', '.join(different)} differ)" if before else
                                                        "missing") + "; choose another --out")
-    metrics = kept_metrics(folder / "metrics.csv", checkpoint["step"] if checkpoint else 0, trainer)
     if checkpoint:
         trainer.load(checkpoint)
-    for path in left:
-        path.unlink()
+    metrics = kept_metrics(folder / "metrics.csv", checkpoint["step"] if checkpoint else 0, trainer)
+    for path in left if checkpoint else [*left, folder / "unreadable.txt"]:
+        path.unlink(missing_ok=True)
     write_json(folder / "config.json", content)
     write_file(folder / "metrics.csv", metrics.encode())
     return checkpoint

@@ -1,19 +1,18 @@
 """How fast everything is: a command, not a test. Speed is a ratio within one run, of ways that take turns.
 
-    python tests/benchmark.py --objective baseline,fwm_hw_ld         what a training step costs (any flag of train.py)
-    python tests/benchmark.py --plain [--compile]                    the step of fwm_hw_ld, beside the same written plainly
-    python tests/benchmark.py --graphs --objective ld,hamiltonian    compiled graphs as token counts change
-    python tests/benchmark.py --decode                               random windows of videos, beside decord
-    python tests/benchmark.py --head                                 the attentive head, beside nn.MultiheadAttention
-"""
+    python tests/benchmark.py --objective baseline,fwm_hw_ld        what a training step costs (or --objective all)
+    python tests/benchmark.py --plain [--compile]                   the step of fwm_hw_ld, beside one written plainly
+    python tests/benchmark.py --graphs --objective ld,hamiltonian   compiled graphs while token counts change
+    python tests/benchmark.py --decode                              random windows of videos, beside decord
+    python tests/benchmark.py --head                                the attentive head, beside nn.MultiheadAttention
+
+Every flag of train.py goes with it; all but the first run on the CPU."""
 import argparse
 import gc
-import math
 import statistics
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,8 +35,8 @@ from synthetic import command, number
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
          "RTX 4090": 165e12}  # dense bfloat16 operations per second by datasheet, two to a multiply-add
 WARM_UP, ROUND = 20, 4  # steps before anything is timed, and steps that are timed together
-FRAMES, HEAD_SHAPES = 300, [(16, 1568, 768), (64, 64, 128)]
-CPU = torch.device("cpu")
+FRAMES, HEAD_SHAPES, CPU = 300, [(16, 1568, 768), (64, 64, 128)], torch.device("cpu")
+COUNTERS = torch._dynamo.utils.counters  # of all that is compiled in this process
 
 
 def take_turns(ways, rounds, warm_up=0, alike=False, title=""):
@@ -49,9 +48,8 @@ def take_turns(ways, rounds, warm_up=0, alike=False, title=""):
             began = time.perf_counter()
             results[name] = ways[name](i)
             seconds[name].append(time.perf_counter() - began)
-        if alike:
-            for result in results.values():
-                torch.testing.assert_close(result, results["ours"], rtol=1e-4, atol=1e-4)
+        for result in results.values() if alike else ():
+            torch.testing.assert_close(result, results["ours"], rtol=1e-4, atol=1e-4)
     medians = {name: statistics.median(each[warm_up:]) for name, each in seconds.items()}
     for name, median in medians.items() if title else ():
         print(f"{title}, {name}: {1000 * median:.1f} ms, {median / medians['ours']:.2f} x ours", flush=True)
@@ -81,31 +79,19 @@ def time_steps(trainer, steps):
 @sdpa_kernel(SDPBackend.MATH)
 def plain_costs(trainer, steps):
     """Operations and seconds for each clip of a micro-batch, with attention by its mathematics, and how many clips that
-    had: half, or a quarter and so on, where memory does not hold the attention of all.
-
-    Operations are what torch counts in real steps, forward and backward, two to a multiply-add: of flash attention it
-    would count too many, on a CPU none. What sigreg's checkpoints compute again is in it, too.
-    """
+    had: half, or a quarter and so on, where memory does not hold the attention of all. torch counts operations in real
+    steps: of flash attention too many, on a CPU none. What sigreg's checkpoints compute again is counted, too."""
     count = len(steps[0][0][0])
-    while True:
-        part = [[(clips[:count], [(seen[:count], hidden[:count]) for seen, hidden in masks]) for clips, masks in step]
-                for step in steps]
-        try:
-            with FlopCounterMode(display=False) as counter:
-                for step in part:
-                    trainer.step(0, step)
-            return counter.get_total_flops() / len(part) / count, time_steps(trainer, part) / count, count
-        except torch.OutOfMemoryError:
-            if count == 1:
-                raise
-        trainer.optimizer.zero_grad()
-        count //= 2
-
-
-def compiled_graphs():
-    """(graphs compiled so far, graph breaks so far)."""
-    counters = torch._dynamo.utils.counters
-    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    try:
+        with FlopCounterMode(display=False) as counter:
+            time_steps(trainer, steps)
+        return counter.get_total_flops() / len(steps) / count, time_steps(trainer, steps) / count, count
+    except torch.OutOfMemoryError:
+        if count == 1:
+            raise
+    trainer.optimizer.zero_grad()
+    return plain_costs(trainer, [[(clips[:count // 2], [tuple(ids[:count // 2] for ids in mask) for mask in masks])
+                                  for clips, masks in step] for step in steps])
 
 
 def largest_kernels(trainer, steps, activity="CUDA", spent="self_device_time_total"):
@@ -120,81 +106,79 @@ def loader_speed(config, rank, ranks, device):
     """Clips per second, over all ranks, that the loader's workers prepare when nobody trains."""
     begun = 3 * max(1, config.workers)  # batches that are under way when the first one arrives
     with tempfile.TemporaryDirectory() as folder:  # for the list of what cannot be read
-        config, masking = replace(config, steps=3 * begun, out=folder), train.build(config).objective.masking
-        make_masks = partial(train.masks_of_clips, grid=config.grid, masking=masking)
-        batches = data.Batches(*train.training_sources(config), config, make_masks, rank, ranks)
+        _, batches = train.prepare(replace(config, steps=3 * begun, out=folder), rank, ranks, device)
         times = [time.perf_counter() for _ in data.loader(batches, 0, config.workers, device)]
     return f"{2 * begun * config.batch / (times[-1] - times[begun - 1]):.1f}"
-
-
-def measure(config, rounds, ranks, device):
-    """Seconds of one objective's step, the cells of the table that follow from it, on a GPU the largest kernels."""
-    torch._dynamo.reset()  # every objective compiles the same functions, and there is a limit to how often
-    gc.collect()  # compiled networks of the objective before hold on to each other, and would count as memory in use
-    on_gpu, before, trainer = device.type == "cuda", compiled_graphs(), train.Trainer(config, device, ranks)
-    steps = draw_steps(config, trainer.objective.masking, WARM_UP + rounds * ROUND, device, ranks)
-    for step in steps[:WARM_UP]:
-        trainer.step(0, step)
-    warm, steps, clips, memory, kernels = compiled_graphs(), steps[WARM_UP:], len(steps[0][0][0]), "-", ""
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    seconds, after = time_steps(trainer, steps), compiled_graphs()
-    if on_gpu:
-        memory, kernels = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f}", largest_kernels(trainer, steps[:ROUND])
-    graphs = [after[1] - before[1], after[0] - warm[0]] if config.compile or config.compile is None and on_gpu else "--"
-    del trainer
-    plain, name = train.Trainer(replace(config, compile=False), device, ranks), on_gpu and torch.cuda.get_device_name(device)
-    plain.autocast = nullcontext()
-    operations, each, count = plain_costs(plain, steps[:2 * ROUND])  # fewer: it is slow
-    rate, peak = operations * clips / seconds, next((PEAKS[known] for known in PEAKS if name and known in name), None)
-    ratio = f"{each * clips / seconds:.2f}" + f" (of {count} clips)" * (count < clips)
-    return seconds, [f"{rate / 1e12:.3g}", f"{rate / peak:.0%}" if peak else "unknown", memory, *graphs, ratio], kernels
 
 
 def show_steps(config, flags):
     """A table of what a training step of each objective costs; on a GPU the largest kernels follow."""
     rank, ranks, device = train.start_ranks(config)
-    show, kernels, first = partial(print, flush=True) if rank == 0 else lambda line: None, {}, None
+    show = partial(print, flush=True) if rank == 0 else lambda line: None
+    on_gpu, first, notes = device.type == "cuda", None, ""
+    machine = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads of a CPU"
+    peak = next((PEAKS[name] for name in PEAKS if on_gpu and name in machine), None)
     loader = loader_speed(config, rank, ranks, device) if config.data or config.root else "-"
-    show(f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'} x "
-         f"{ranks}, torch {torch.__version__}, {config.model}, {config.frames} frames of {config.crop} px, batch "
-         f"{config.batch}, micro-batch {config.micro_batch or config.batch // ranks}; plain: not compiled, float32, "
-         "attention by its mathematics\n\n| objective | ms/step | x first | clips/s | loader, clips/s | TFLOP/s | MFU | "
-         "peak memory, GiB | graph breaks | recompilations | x plain |\n|" + "---|" * 11)
+    show(f"{machine} x {ranks}, torch {torch.__version__}, {config.model}, {config.frames} frames of {config.crop} px, "
+         f"batch {config.batch}, micro-batch {config.micro_batch or config.batch // ranks}\nplain: float32, uncompiled,"
+         " attention by its mathematics\n\n| objective | ms/step | x first | clips/s | loader, clips/s | TFLOP/s | MFU "
+         "| peak memory, GiB | graph breaks | recompilations | x plain |\n|" + "---|" * 11)
     for name in flags.names:
-        seconds, cells, kernels[name] = measure(replace(config, objective=name), flags.rounds, ranks, device)
-        first = first or seconds
-        show(f"| {name} | {1000 * seconds:.1f} | {seconds / first:.2f} | {config.batch / seconds:.1f} | {loader} | "
-             + " | ".join(map(str, cells)) + " |")
-    for name in filter(kernels.get, kernels):
-        show(f"largest kernels of {name}, and their share of the time on the device: {kernels[name]}")
+        torch._dynamo.reset()  # every objective compiles the same functions, and there is a limit to how often
+        COUNTERS.clear()
+        trainer = plain = None
+        gc.collect()  # compiled networks hold on to each other, and would count as memory in use
+        config = replace(config, objective=name)
+        trainer = train.Trainer(config, device, ranks)
+        steps = draw_steps(config, trainer.objective.masking, WARM_UP + flags.rounds * ROUND, device, ranks)
+        for step in steps[:WARM_UP]:
+            trainer.step(0, step)
+        steps, warm, memory = steps[WARM_UP:], COUNTERS["stats"]["unique_graphs"], "-"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        seconds = time_steps(trainer, steps)
+        breaks, again = COUNTERS["graph_break"].total(), COUNTERS["stats"]["unique_graphs"] - warm
+        if on_gpu:
+            memory = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f}"
+            notes += f"largest kernels of {name}: {largest_kernels(trainer, steps[:ROUND])}\n"
+        trainer = None  # makes room
+        plain = train.Trainer(replace(config, compile=False), device, ranks)
+        plain.autocast, clips = torch.autocast(device.type, enabled=False), len(steps[0][0][0])
+        operations, each, count = plain_costs(plain, steps[:2 * ROUND])  # fewer: it is slow
+        first, rate = first or seconds, operations * clips / seconds
+        compiled = config.compile or config.compile is None and on_gpu
+        cells = [name, f"{1000 * seconds:.1f}", f"{seconds / first:.2f}", f"{config.batch / seconds:.1f}", loader,
+                 f"{rate / 1e12:.3g}", f"{rate / peak:.0%}" if peak else "unknown", memory,
+                 *([str(breaks), str(again)] if compiled else "--"),
+                 f"{each * clips / seconds:.2f}" + f" (of {count} clips)" * (count < clips)]
+        show(f"| {' | '.join(cells)} |")
+    show(notes)
     if ranks > 1:
         torch.distributed.destroy_process_group()
 
 
 def show_graphs(config, flags):
-    """How many graphs compiled steps need whose token counts change: at no step may there be more than at the warm-up."""
+    """How many graphs compiled steps need whose token counts change, and how many of them after the warm-up."""
     train.SIZES["graphs"] = Size(96, 4, 2, predictor_width=16, predictor_depth=1, predictor_heads=2)
     print("| objective | token counts | graphs | graph breaks | recompilations |\n|" + "---|" * 5)
     for name in flags.names:
         torch._dynamo.reset()
+        COUNTERS.clear()
         ours, plain = (train.Trainer(replace(config, objective=name, model="graphs", compile=False), CPU) for _ in "12")
-        ours.model.compile(fullgraph=True, backend=flags.backend)  # a graph break would be an error
+        ours.model.compile(fullgraph=True, backend="eager")  # a graph break would be an error
         (clips, _), = draw_steps(config, ours.objective.masking, 1, CPU)[0]
-        # The first counts are those of frames and pixels: that must not be taken for a rule. None is as small as the
-        # number of time steps, for which `spectral` would have a graph of its own.
-        before, (t, h, w) = compiled_graphs(), config.grid
-        counts = [(config.frames, config.crop), *torch.randint(t + 1, t * h * w - 2, (config.steps - 1, 2)).tolist()]
+        t, h, w = config.grid
+        counts = torch.randint(t + 1, t * h * w - 2, (config.steps, 2)).tolist()  # for t, `spectral` has another graph
+        counts[0] = config.frames, config.crop  # that these are equal must not be taken for a rule
         for step, pair in enumerate(counts):
             parts = [torch.rand(len(clips), t * h * w).argsort(1).tensor_split([count], dim=1) for count in pair]
             micro_batch = clips, [tuple(ids.sort().values for ids in part) for part in parts]
             found, _, _ = ours.step(step, [micro_batch])
             if step == 0:
                 torch.testing.assert_close(found, plain.step(0, [micro_batch])[0], rtol=1e-4, atol=1e-5)
-            warm = compiled_graphs() if step < WARM_UP else warm
-        graphs, breaks = compiled_graphs()
-        print(f"| {name} | {len(set(map(tuple, counts)))} | {graphs - before[0]} | {breaks - before[1]} | "
-              f"{graphs - warm[0]} |", flush=True)
+            warm = COUNTERS["stats"]["unique_graphs"] if step < WARM_UP else warm
+        graphs, breaks = COUNTERS["stats"]["unique_graphs"], COUNTERS["graph_break"].total()
+        print(f"| {name} | {len({*map(tuple, counts)})} | {graphs} | {breaks} | {graphs - warm} |", flush=True)
 
 
 def plain_losses(outputs, objective, heads, weights):
@@ -214,8 +198,8 @@ def plain_losses(outputs, objective, heads, weights):
 
 
 def show_plain(config, flags):
-    """Our step beside one as it is usually written, on the CPU: `plain_losses`; and every block works out its own angles,
-    and is computed again in the backward pass. Attention is fused as ours, or goes by its mathematics."""
+    """Our step beside one as it is usually written: with `plain_losses`, and blocks each of which works out its own
+    angles, and is computed again in the backward pass. Attention is fused as ours, or goes by its mathematics."""
     config = replace(config, objective="fwm_hw_ld")
     ours, plain = (train.Trainer(replace(config, compile=each), CPU) for each in (config.compile, False))
     plain.model.losses = plain_losses
@@ -225,84 +209,66 @@ def show_plain(config, flags):
                                     block(x, rotary(*places)), use_reentrant=False)
         network.rotary.forward = lambda *places: places
     steps = draw_steps(config, ours.objective.masking, 3 + flags.rounds, CPU)
-
-    def run(trainer, i):
-        return trainer.step(config.steps - 1, steps[i])[0]
-    ways = {"ours": partial(run, ours), "plain": partial(run, plain),
-            "plain with attention by its mathematics": sdpa_kernel(SDPBackend.MATH)(partial(run, plain))}
-    torch.testing.assert_close(ways["plain"](0), ways["ours"](0), rtol=1e-4, atol=1e-5)  # before they are timed
+    ours, plain = (lambda i, trainer=trainer: trainer.step(config.steps - 1, steps[i])[0] for trainer in (ours, plain))
+    torch.testing.assert_close(plain(0), ours(0), rtol=1e-4, atol=1e-5)  # before they are timed
+    ways = {"ours": ours, "plain": plain, "plain, attention by mathematics": sdpa_kernel(SDPBackend.MATH)(plain)}
     take_turns(ways, flags.rounds, 3, title=f"{torch.get_num_threads()} threads, {config.model}, batch {config.batch}")
 
 
 def show_decoding(config, flags):
-    """Random windows of 16 frames, every second one, from h264 of 10 s; each opens its file, as in a loader's worker."""
+    """Random windows of 16 frames, every second one, from h264 of 10 s; each opens its file, as for a loader."""
+    def picture(*what, numbered=miniature.picture):  # noise keeps the decoder busy
+        return numbered(*what) // 2 + torch.randint(28, (*what[1:], 3), dtype=torch.uint8).numpy()
+    windows = [data.window(FRAMES, 16, 2, data.generator_for(i)) for i in range(flags.rounds + 1)]
+    ways = {"ours": lambda i: data.read_video(path, lambda count, rate: windows[i]).frames}
     try:
-        from decord import VideoReader
+        import decord
+        ways["decord"] = lambda i: decord.VideoReader(path, num_threads=1).get_batch(windows[i]).asnumpy()
     except ImportError:
-        VideoReader = print("decord is missing, so ours stands alone; `pip install decord` gives the comparison")
-
-    def picture(i, height, width):  # waves that travel, and noise
-        y, x, colours = torch.arange(height)[:, None, None] + i, torch.arange(width)[:, None] + 2 * i, torch.arange(1, 4)
-        waves = 40 * ((x / 9).sin() + (y / 7 / colours).sin() + (x * y / 3000 * colours).sin())
-        return (128 + waves + 2 * torch.randn(height, width, 3)).clamp(0, 255).byte().numpy()
+        print("decord is missing, so ours stands alone; `pip install decord` gives the comparison")
     for gop in (12, 250):
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(miniature, "picture", picture):
             path = f"{folder}/{gop}.mp4"
             miniature.write_video(path, FRAMES, size=(256, 340), rate=30, options={"g": str(gop)})
-            windows = [data.window(FRAMES, 16, 2, data.generator_for(i)) for i in range(flags.rounds + 1)]
-            ways = {"ours": lambda i: data.read_video(path, lambda count, rate: windows[i]).frames}
-            if VideoReader:
-                ways["decord"] = lambda i: VideoReader(path, num_threads=1).get_batch(windows[i]).asnumpy()
             take_turns(ways, flags.rounds, 1, True, f"a key frame every {gop}, {Path(path).stat().st_size >> 10} KiB")
 
 
 def show_head(config, flags):
-    """The attentive head, forward and backward, beside one whose tokens all ask, and one where only the class token does."""
+    """The attentive head, forward and backward, beside the same head by nn.MultiheadAttention."""
     for shape in HEAD_SHAPES:
         tokens, head = torch.randn(shape), AttentiveHead(shape[-1], 48)
 
-        def usual(asking):
+        def usual(tokens):
             x = torch.cat((head.token.expand(len(tokens), -1, -1), tokens), dim=1)
-            x = x[:, :asking] + head.attention(x[:, :asking], x, x, need_weights=False)[0]
-            return head.linear(head.norm(x[:, 0]))
-
-        def run(forward, i):
-            scores = forward()
-            scores.square().mean().backward()
-            return scores.detach()
-        ways = {"ours": partial(run, lambda: head(tokens)), "nn.MultiheadAttention": partial(run, lambda: usual(None)),
-                "nn.MultiheadAttention of one query": partial(run, lambda: usual(1))}
+            return head.linear(head.norm((x + head.attention(x, x, x, need_weights=False)[0])[:, 0]))
+        def run(i, forward):
+            return (scores := forward(tokens)).square().mean().backward() or scores.detach()
+        ways = {"ours": partial(run, forward=head), "nn.MultiheadAttention": partial(run, forward=usual)}
         take_turns(ways, flags.rounds, 1, True, f"{list(shape)}")
 
 
-MODES = {  # what runs, how many rounds, the flags of train.py that it starts from
-    "table": (show_steps, 5, [], ""),
-    "plain": (show_plain, 15, ["--model", "vit_base", "--patch", "16", "--frames", "16", "--crop", "112", "--batch", "4"],
-              "the step of fwm_hw_ld beside the same step written plainly, on the CPU"),
-    "graphs": (show_graphs, 0, ["--crop", "24", "--batch", "4", "--steps", "220"], "compiled graphs as token counts change"),
-    "decode": (show_decoding, 100, [], "random windows of videos, beside decord"),
-    "head": (show_head, 5, [], "the attentive head, beside nn.MultiheadAttention")}
+# What runs, how many rounds, and the flags of train.py that it starts from.
+MODES = {None: (show_steps, 5, ""), "decode": (show_decoding, 100, ""), "head": (show_head, 5, ""),
+         "plain": (show_plain, 15, "--model vit_base --patch 16 --frames 16 --crop 112 --batch 4"),
+         "graphs": (show_graphs, 1, "--crop 24 --batch 4 --steps 220")}
 
 
 @command("benchmark.py", smaller="--batch, --micro-batch or --model")
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     epilog="Every other flag is one of train.py.")
+    parser = argparse.ArgumentParser(None, None, __doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objective", default="baseline", help="one or several with commas, or all [baseline]")
     parser.add_argument("--rounds", type=number(1), help="how often each way is timed [5; --plain 15, --decode 100]")
-    parser.add_argument("--backend", default="eager", choices=["eager", "inductor"], help="what --graphs compiles with")
-    for mode, (_, _, _, meaning) in list(MODES.items())[1:]:
-        parser.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, default="table", help=meaning)
+    for mode in list(MODES)[1:]:
+        parser.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode)
     flags, others = parser.parse_known_args(arguments)
     flags.names = list(OBJECTIVES) if flags.objective == "all" else flags.objective.split(",")
-    function, rounds, preset, _ = MODES[flags.mode]
+    show, rounds, preset = MODES[flags.mode]
     flags.rounds = flags.rounds or rounds
-    # Random clips stand for any data; a preset that needs some is told of a list that is never read.
+    # Random clips stand for any data: a preset that needs some is told of a list that nobody reads.
     no_data = [] if {flag.split("=")[0] for flag in others} & {"--data", "--root"} else ["--data", "none"]
-    for name in flags.names:
-        config, _ = train.parse([*preset, *no_data, *others, "--objective", name])
-    with torch._inductor.config.patch(fallback_random=flags.mode == "graphs"):  # draw what an uncompiled step draws
-        function(replace(config, data="" if no_data else config.data, objective=flags.names[0]), flags)
+    configs = [train.parse([*preset.split(), *no_data, *others, "--objective", name])[0] for name in flags.names]
+    show(replace(configs[0], data="" if no_data else configs[0].data), flags)
 
 
 if __name__ == "__main__":

@@ -246,6 +246,14 @@ def read_results(*paths):
     return dict(sorted(table.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
 
+def runs_of(table, *names):
+    """The runs of these names. Raises ValueError where one has none."""
+    for name in names:
+        if name not in table:
+            raise ValueError(f"there is no run of '{name}' to compare with; there are {', '.join(table)}")
+    return [table[name] for name in names]
+
+
 def is_dead(numbers):
     return "feature_std" in numbers and train.collapsed(numbers)
 
@@ -294,8 +302,6 @@ def name_cell(name, runs):
 def tables(paths, reference, only):
     """Print the table of means, and the table of differences to a reference run."""
     table = read_results(*paths)
-    if reference not in table:
-        raise ValueError(f"there is no run of '{reference}' to compare with; there are {', '.join(table)}")
     shown = {name: runs for name, runs in table.items() if not only or name in only}
     print("Top-1 %, mean ± standard deviation over training seeds; chance is 12.5 for direction and appearance, 3.1 for "
           "motion, 25 for speed.\n5 labels: per class, attentive head, mean of 5 draws. linear: linear head on all labels. "
@@ -304,7 +310,7 @@ def tables(paths, reference, only):
     markdown([*(COLUMNS.get(column, column) for column in columns), "feature_std", "seeds"], {
         name_cell(name, runs): [*(mean_cell(runs, column) for column in columns), mean_cell(runs, "feature_std", 3),
                                 str(len(runs))] for name, runs in shown.items()})
-    base = table[reference]
+    base, = runs_of(table, reference)
     families = {"objective": {}, "other form": {}}
     for name, runs in table.items():
         if name not in (reference, "untrained"):
@@ -325,7 +331,7 @@ def tables(paths, reference, only):
 def answer(paths):
     """Print the primary comparisons, fixed before the runs, and the trade-off of motion with appearance."""
     table = read_results(*paths)
-    base = table["baseline"]
+    base, *_ = runs_of(table, "baseline", "fwm_hw_ld", "ld")
     primary = {(name, column): differences(table[name], base, column) for name in ("fwm_hw_ld", "ld")
                for column in ("5 motion", "5 appearance")}
     p_values = {key: p_value(values) for key, values in primary.items()}
@@ -354,7 +360,8 @@ def agree(first, second):
     found = []
     for path in (first, second):
         table = read_results(path)
-        found.append({(name, column): differences(runs, table["baseline"], column) for name, runs in table.items()
+        base, = runs_of(table, "baseline")
+        found.append({(name, column): differences(runs, base, column) for name, runs in table.items()
                       for column in COLUMNS if name not in ("baseline", "untrained")})
     keys = [key for key in found[0] if len(found[0][key]) > 1 and len(found[1].get(key, ())) > 1]
     a, b = ({key: (np.mean(each[key]), interval(each[key])) for key in keys} for each in found)

@@ -2,12 +2,10 @@
 import csv
 import json
 import math
-import os
 import re
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -204,14 +202,24 @@ def test_two_results_are_compared_draw_by_draw_and_several_run_by_run(tmp_path, 
 
 # ---------------------------------------------------------------------------------------------------------- a sweep
 
-MINE = '''
+MINE = """
+import os, signal, time
 from objectives import HEADS, OBJECTIVES, TERMS, Objective, Term, mlp
+calls = []
 
-TERMS["mine"] = lambda outputs, head: head(outputs.masks[0].z).abs().mean()
+def mine(outputs, head):
+    calls.append(1)
+    if len(calls) == 2 and os.path.exists("stop"):  # stops the sweep, which stops this run
+        os.kill(os.getppid(), signal.SIGTERM)
+        while signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:  # until it has arrived
+            time.sleep(0.01)
+    return head(outputs.masks[0].z).abs().mean()
+
+TERMS["mine"] = mine
 HEADS["mine"] = lambda seen, channels: mlp(seen, 8, channels)
 OBJECTIVES["mine"] = Objective("both", "what a small network sees is small", {"mine": Term(0.5)})
-'''
-TINY = ["--crop", "16", "--patch", "4", "--batch", "4", "--steps", "3", "--log-every", "1", "--probe-clips", "0"]
+"""
+TINY = "--frames 4 --crop 32 --patch 8 --batch 4 --steps 3 --log-every 1 --probe-clips 0".split()
 
 
 @pytest.fixture
@@ -219,68 +227,62 @@ def mine(tmp_path, monkeypatch):
     """Works in a folder with mine.py; what it adds to tables is taken out again."""
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     tables = objectives.TERMS, objectives.HEADS, objectives.OBJECTIVES
     before = [dict(table) for table in tables]
-    yield tmp_path
+    yield
     for table, content in zip(tables, before):
         table.clear()
         table.update(content)
 
 
 def test_a_sweep_with_an_objective_of_ones_own_goes_on_and_names_what_failed(mine, capfd):
-    """Of four runs one is finished, one was stopped in its second step, one meets a folder of something else."""
-    folder, with_mine = mine / "study", ["--with", "mine.py"]
-    flags = [*with_mine, "--objective", "baseline,mine", "--seeds", "0,1", "--jobs", "2", "--out", "study", *TINY]
+    """Its first run stops it in the second of three steps. Of four runs one then is stopped, two are finished, and one
+    meets a folder of something else."""
+    own, folder = ["--with", "mine.py"], Path("study")
+    sweep = [*own, "--jobs", "2", "--out", "study", *TINY]
 
     def alone(name, out):
-        assert study.main([*with_mine, "--child", f"--objective={name[:-6]}", f"--seed={name[-1]}", *TINY, f"--out={out}"]) == 0
-    alone("baseline-seed0", "study/baseline-seed0")
-    alone("mine-seed1", "whole/mine-seed1")
-    terms, calls = dict(objectives.TERMS), []
-
-    def stopping(*arguments):
-        if len(calls) == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        calls.append(1)
-        return terms["mine"](*arguments)
-    objectives.TERMS["mine"] = stopping
-    run = ["--objective", "mine", "--seed", "1", *TINY, "--out", "study/mine-seed1"]
-    assert train.main(run) == 128 + signal.SIGTERM and probe.load_checkpoint("study/mine-seed1/last.pt")["step"] == 2
+        flags = [f"--objective={name[:-6]}", f"--seed={name[-1]}", *TINY, f"--out={out}/{name}"]
+        assert study.main([*own, "--child", *flags]) == 0
+    Path("stop").touch()
+    assert study.main([*sweep, "--objective", "mine", "--seeds", "1"]) == 128 + signal.SIGTERM
+    assert "goes on from there" in capfd.readouterr().out and not (folder / "results.jsonl").exists()
+    assert probe.load_checkpoint(folder / "mine-seed1" / "last.pt")["step"] == 2
+    Path("stop").unlink()
+    for name, out in (("baseline-seed0", "study"), ("mine-seed0", "study"), ("mine-seed1", "whole")):
+        alone(name, out)
     (folder / "baseline-seed1").mkdir()
     (folder / "baseline-seed1" / "notes.txt").write_text("mine")
-    kept = {path: path.stat().st_mtime_ns for path in (folder / "baseline-seed0").iterdir()}
-    alone("mine-seed0", "study/mine-seed0")
+    finished = {path: path.stat().st_mtime_ns for path in folder.rglob("*-seed0/*")}
     capfd.readouterr()
-    assert study.main(flags) == 1
+    sweep += ["--objective", "baseline,mine", "--seeds", "0,1"]
+    assert study.main(sweep) == 1
     output, errors = capfd.readouterr()
     assert "3 of 4 runs finished" in output and "study/baseline-seed1 failed with exit status 1" in errors
     assert "the end of study/baseline-seed1.log: train.py: study/baseline-seed1 holds something that is not a run" in errors
-    whole, resumed = ((mine / place / "mine-seed1" / "metrics.csv").read_bytes() for place in ("whole", "study"))
+    whole, resumed = (Path(out, "mine-seed1", "metrics.csv").read_bytes() for out in ("whole", "study"))
     assert resumed == whole and whole.count(b"\n") == 4
 
     (folder / "baseline-seed1" / "notes.txt").unlink()
-    alone("baseline-seed1", "study/baseline-seed1")
-    kept |= {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.parent != folder}
-    for _ in range(2):  # of what is finished nothing runs again, and no line comes twice
-        assert study.main(flags) == 0 and "4 of 4 runs finished" in capfd.readouterr().out
-    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    alone("baseline-seed1", "study")
+    finished |= {path: path.stat().st_mtime_ns for path in folder.rglob("*-seed1/*")}
+    for _ in range(2):  # nothing runs again, and no line comes twice
+        assert study.main(sweep) == 0 and "4 of 4 runs finished" in capfd.readouterr().out
+    assert finished == {path: path.stat().st_mtime_ns for path in folder.rglob("*-seed?/*")}
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert sorted((line["name"], line["seed"]) for line in lines) == [("baseline", 0), ("baseline", 1), ("mine", 0), ("mine", 1)]
     for line in lines:
         rows = list(csv.DictReader((folder / f"{line['name']}-seed{line['seed']}" / "metrics.csv").open()))
-        assert line["flags"] == {"crop": 16, "patch": 4, "batch": 4, "steps": 3, "log_every": 1, "probe_clips": 0}
+        assert line["flags"] == {"frames": 4, "batch": 4, "steps": 3, "log_every": 1, "probe_clips": 0}
         pred = [float(row["pred"]) for row in rows]
         assert line["numbers"] == pytest.approx({
             "feature_std": float(rows[2]["feature_std"]), "effective_rank": float(rows[2]["effective_rank"]),
             "pred, first": pred[0], "pred, mean": sum(pred) / 3, "pred, last": pred[2]}, rel=1e-12)
-    assert study.main(["--table", "study/results.jsonl"]) == 0
-    assert list(table_of(capfd.readouterr().out, 0)) == ["baseline", "mine"]
 
     # Its checkpoint is evaluated where nobody knows mine.py.
-    code = ("import sys, probe; probe.FEW = probe.FEW._replace(steps=1); probe.LINEAR = probe.LINEAR._replace(epochs=1); "
-            f"sys.exit(probe.main(['--checkpoint', {str(folder / 'mine-seed1' / 'last.pt')!r}, '--clips', '192']))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    flags = ["--checkpoint", str(Path("study/mine-seed1/last.pt").resolve()), "--benchmark", "blobs", "--blob-clips", "8,8",
+             "--probe-epochs", "1", "--workers", "0"]
+    done = subprocess.run([sys.executable, "probe.py", *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("mine, target encoder at step 3\n"), done.stderr
 
 
@@ -297,18 +299,16 @@ def test_a_run_of_a_sweep_is_probed_and_the_untrained_one_has_the_weights_that_a
     assert line["numbers"] == {f"{k} {factor}": value for k in expected for factor, value in expected[k].items()}
 
 
-def test_a_signal_ends_a_sweep_and_its_runs(tmp_path, capsys):
-    flags = ["--objective", "baseline", "--seeds", "0", "--out", str(tmp_path), *TINY, "--steps", "100000"]
-
-    def stop():
-        while not (tmp_path / "baseline-seed0" / "metrics.csv").exists():
-            timer.finished.wait(0.1)
-        os.kill(os.getpid(), signal.SIGTERM)
-    timer = threading.Timer(0, stop)
-    timer.start()
-    assert study.main(flags) == 128 + signal.SIGTERM
-    assert "goes on from there" in capsys.readouterr().out and not (tmp_path / "results.jsonl").exists()
-    assert 0 < probe.load_checkpoint(tmp_path / "baseline-seed0" / "last.pt")["step"] < 100_000
+def test_losses_reach_the_networks_that_the_readme_says():
+    """pred, ctx and hw the encoder and the predictor, every other term the encoder and its own head, none the target."""
+    with_head = {"ld", "ac", "hamiltonian"}
+    for name, objective in objectives.OBJECTIVES.items():
+        for released in (False, True)[:1 + ("hw_ld" in name)]:
+            found, terms = study.gradient_reach(objectives.released_form(objective) if released else objective), {*objective.terms}
+            terms -= {"ld"} if released else set()  # under hard weighting it trains nothing by the released code
+            both = {"pred", "ctx"} | terms & {"hw"}
+            assert {part: {*names} for part, names in found.items()} == {
+                "encoder": both | terms, "predictor": both, "heads": terms & with_head, "target": set()}, name
 
 
 @pytest.mark.parametrize("flags, status, sentence", [

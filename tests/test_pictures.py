@@ -1,0 +1,132 @@
+"""tests/pictures.py: what masks hide, what colours and axes mean, what is drawn where."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageColor
+
+import data
+import pictures
+from objectives import OBJECTIVES, motion_map, sample_masks
+from synthetic import Shapes
+from test_probe import make_checkpoint, make_frozen, naive_features, quick_blobs  # noqa: F401
+
+
+def cells_of(path, crop):
+    """A PNG of square pictures with 2 pixels between them: float [rows, columns, 3, crop, crop] in 0..1."""
+    image = torch.tensor(np.array(Image.open(path))).permute(2, 0, 1) / 255
+    rows, columns = ((size - 2) // (crop + 2) for size in image.shape[1:])
+    assert image.shape == (3, rows * (crop + 2) + 2, columns * (crop + 2) + 2)
+    return torch.stack([torch.stack([image[:, 2 + r * (crop + 2):, 2 + c * (crop + 2):][:, :crop, :crop]
+                                     for c in range(columns)]) for r in range(rows)])
+
+
+@pytest.mark.parametrize("objective", ["baseline", "amg", "future_predictive"])
+def test_pictures_show_the_frames_both_masks_and_features(tmp_path, objective):
+    masking, grid = OBJECTIVES[objective].masking, (4, 8, 8)
+    frozen, untrained = (make_frozen(tmp_path, seed=seed)._replace(masking=masking) for seed in (100, 0))
+    clips = Shapes(8, 64, 0).clips(range(4))
+    pictures.clip_pictures(frozen, untrained, clips)
+    frames = clips[:, :, ::2].transpose(1, 2) / 255  # (4, t, 3, 64, 64)
+    large = [cells_of(tmp_path / f"{name}.png", 128).unflatten(0, (4, 3)) for name in ("masks", "features")]
+    masks, features = (cells[..., ::2, ::2] for cells in large)  # clips of 64 pixels are shown twice as large
+    for cells, small in zip(large, (masks, features)):
+        assert torch.equal(cells, small.repeat_interleave(2, -2).repeat_interleave(2, -1))
+        torch.testing.assert_close(small[:, 0], frames, rtol=0, atol=1 / 255)
+    motion = motion_map(data.normalise(clips), grid) if masking.motion_strength else None
+    drawn = sample_masks(4, grid, masking, torch.Generator().manual_seed(0), motion)  # as a batch is cut
+    tint = 0.25 * frames + 0.75 * torch.tensor([1.0, 0.45, 0.0]).view(3, 1, 1)
+    for shown, (visible, _) in zip(masks[:, 1:].unbind(1), drawn):
+        plain, tinted = (((shown - each).abs() < 1 / 100).all(2) for each in (frames, tint))  # (4, t, 64, 64)
+        cells = tinted.unflatten(-1, (8, 8)).unflatten(-3, (8, 8)).float().mean((-1, -3))  # (4, t, 8, 8)
+        assert (plain ^ tinted).all() and {*cells.unique().tolist()} == {0.0, 1.0}  # whole tokens
+        assert [(clip == 0).flatten().nonzero().flatten().tolist() for clip in cells] == visible.tolist()
+    tokens = features[:, 1:].unflatten(-1, (8, 8)).unflatten(-3, (8, 8))
+    assert (tokens == tokens[..., :1, :, :1]).all()  # one colour per token
+    for row, each in enumerate((frozen, untrained)):
+        colours = pictures.principal_colours(naive_features(each.encoder, clips)).view(4, 4, 8, 8, 3)
+        torch.testing.assert_close(tokens[:, row, :, :, :, 0, :, 0].movedim(2, -1), colours, rtol=0, atol=1 / 255)
+
+
+def test_the_command_writes_four_pictures_the_same_ones_every_time(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,pred,ctx,total,lr,ema,feature_std\n0,1,2,3,1,,0.5\n9,0.5,1,1.5,1,,0.4\n")
+    for _ in range(2):
+        before = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+        assert pictures.main(["--checkpoint", make_checkpoint(tmp_path), "--clips", "192"]) == 0
+    assert before == {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert {*before} == {"masks.png", "features.png", "motion.png", "curves.png"}
+    for name, colours in (("motion", pictures.COLOURS[:8]), ("curves", pictures.COLOURS[:3])):
+        image = np.array(Image.open(tmp_path / f"{name}.png"))
+        assert image.shape == (400 + 2 * 60, 2 * (400 + 3 * 60), 3)
+        left, right = ([(half[:, 60:461] == ImageColor.getrgb(colour)).all(-1).sum() for colour in colours]
+                       for half in (image[:, :580], image[:, 580:]))  # within the frame, beside the legend
+        assert min(left) > 20 and right[0] > 20 and (min(right[1:]) > 20) == (name == "motion")  # feature_std: one line
+
+
+def test_clips_of_a_benchmark_can_be_shown_and_the_unreadable_ones_are_left_out(tmp_path, capsys, quick_blobs):  # noqa: F811
+    flags = ["--checkpoint", make_checkpoint(tmp_path), "--benchmark", "blobs", "--clips", "192"]
+    quick_blobs[1]["broken"] = range(3, 200)  # what is tested on begins with clip 160
+    assert pictures.main(flags) == 1 and not (tmp_path / "masks.png").exists()
+    assert "none of the 40 clips can be read; one is blobs42/" in capsys.readouterr().err
+    quick_blobs[1]["broken"] = [i for i in range(160, 200) if i not in (171, 164)]
+    assert pictures.main(flags) == 0 and not (tmp_path / "curves.png").exists()
+    source, rows = quick_blobs[0][-1], cells_of(tmp_path / "masks.png", 128)  # 2 clips, 2 time steps
+    shown = [source.evaluation_clip(item - 160)[:, ::2].transpose(0, 1) / 255 for item in (171, 164)]
+    small = rows.unflatten(0, (2, 3))[:, 0, ..., ::8, ::8]
+    assert any(torch.allclose(small, torch.stack(order), atol=1 / 255) for order in (shown, shown[::-1]))
+
+
+def test_what_is_hidden_is_exactly_what_is_not_visible():
+    shown = pictures.tint_masked(torch.zeros(2, 3, 6, 9), torch.tensor([0, 4, 6, 11]), grid=(2, 2, 3), patch=3)
+    hidden = (shown[:, 0] > 0).view(2, 2, 3, 3, 3).float().mean((2, 4))
+    assert hidden.flatten().nonzero().flatten().tolist() == [1, 2, 3, 5, 7, 8, 9, 10]
+
+
+def test_the_colours_are_principal_components_of_all_clips_with_a_fixed_sign():
+    """Planted: three directions of falling strength. A colour is its component, from the 1st to the 99th percentile."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(12, 12, generator=generator))[0]
+    scores = torch.rand(5, 40, 3, generator=generator) - 0.5
+    scores -= scores.mean((0, 1))
+    tokens = scores * torch.tensor([9.0, 5.0, 2.0]) @ basis[:3] + 7
+    colours = pictures.principal_colours(tokens)
+    assert colours.shape == (5, 40, 3) and colours.min() == 0 and colours.max() == 1
+    for i in range(3):
+        correlation = torch.corrcoef(torch.stack((scores[..., i].flatten(), colours[..., i].flatten())))[0, 1]
+        assert correlation * basis[i][basis[i].abs().argmax()].sign() > 0.98
+    torch.testing.assert_close(pictures.principal_colours(tokens.flip(0)).flip(0), colours)
+    # One basis and one scale for all clips: equal tokens of two clips have equal colours.
+    tokens[3, 7] = tokens[0, 2]
+    assert torch.equal(pictures.principal_colours(tokens)[3, 7], pictures.principal_colours(tokens)[0, 2])
+
+
+def test_discriminant_axes_are_fishers():
+    """The main eigenvectors of inv(within) @ between, by a solver that knows nothing of symmetry."""
+    draw = np.random.default_rng(0)
+    labels = draw.integers(4, size=300)
+    x = (draw.normal(size=(4, 6)) * 2)[labels] + draw.normal(size=(300, 6)) @ draw.normal(size=(6, 6))
+    x -= x.mean(0)
+    within, between = np.zeros((6, 6)), np.zeros((6, 6))
+    for label in range(4):
+        mean = x[labels == label].mean(0)
+        between += np.outer(mean, mean)
+        for row in x[labels == label]:
+            within += np.outer(row - mean, row - mean) / 300
+    within += 1e-3 * np.trace(within) / 6 * np.eye(6)
+    values, vectors = np.linalg.eig(np.linalg.inv(within) @ between)
+    expected = vectors.real[:, np.argsort(-values.real)[:2]]
+    found = pictures.discriminant_axes(torch.tensor(x), torch.tensor(labels)).numpy()
+    cosines = (found * expected).sum(0) / np.linalg.norm(found, axis=0) / np.linalg.norm(expected, axis=0)
+    assert np.abs(cosines) == pytest.approx([1, 1], abs=1e-9)
+
+
+@pytest.mark.parametrize("connected", [False, True])
+def test_points_and_lines_lie_where_their_values_say(tmp_path, connected):
+    """A panel's frame is at 60 to 460; the second one's begins 580 pixels later, with a scale of its own."""
+    pictures.plot({"one": {"a": ([0, 4], [-1, 3]), "b": ([1], [3])}, "two": {"c": ([0, 2], [5, 5])}}, tmp_path / "x.png",
+                  connected)
+    image = Image.open(tmp_path / "x.png").convert("RGB")
+    a, b = map(ImageColor.getrgb, pictures.COLOURS[:2])
+    for place, colour in (((60, 460), a), ((460, 60), a), ((640, 60), a), ((1040, 60), a)):
+        assert any(image.getpixel((place[0] + dx, place[1] + dy)) == colour for dx in (-1, 0, 1) for dy in (-1, 0, 1))
+    middle = {image.getpixel((260 + dx, 260 + dy)) for dx in (-1, 0, 1) for dy in (-1, 0, 1)}
+    assert (a in middle) == connected and (image.getpixel((160, 60)) == b) == (not connected)
