@@ -6,6 +6,7 @@ Each line that calls python or torchrun goes through bash, where programs only n
 every noted command runs here, in a folder with what the README takes for granted (datasets, checkpoints, videos of
 one's own), with flags behind its own that make it short.
 """
+import importlib
 import json
 import os
 import re
@@ -20,16 +21,16 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import torch
 
-import data
 import probe
-import synthetic
 import train
 from miniature import write_datasets
 from model import SIZES, Encoder
 from test_probe import foreign
 
-SMALL = ["--model", "tiny", "--frames", "8", "--crop", "32", "--patch", "8", "--batch", "4", "--workers", "0",
-         "--device", "cpu"]
+SMALL = ["--model", "tiny", "--frames", "8", "--crop", "32", "--patch", "8", "--batch", "4", "--micro-batch", "4",
+         "--workers", "0", "--device", "cpu"]
+STEPS = [*SMALL, "--steps", "2", "--probe-clips", "0"]
+BENCHMARK = [*SMALL, "--rounds", "1"]
 NOTE = """#!{python}
 import json, sys
 with open({notes!r}, "a") as notes:
@@ -41,81 +42,71 @@ def commands_of(text):
     """The shell lines of a Markdown text: indented ones that call python or torchrun or set a variable, then what
     stands in backticks and begins with one of these two."""
     lines = re.findall(r"^    (.*\bpython .*|.*\btorchrun .*|\w+=.*)$", text, re.M)
-    return lines + [line for line in re.findall(r"`((?:python|torchrun) [^`]+)`", text) if "<" not in line]
+    return lines + [line for line in re.findall(r"`((?:python|torchrun) [^`]+)`", text) if "<" not in line and "mine.py" not in line]
 
 
 def noted(lines, folder):
     """Every call of python or torchrun that bash makes of these lines: a list of arguments each."""
     notes, programs = folder / "notes", folder / "bin"
     programs.mkdir()
-    for name in ("python", "torchrun", "pip", "git"):
+    for name in ("python", "torchrun", "pip", "git", "head", "tail"):
         (programs / name).write_text(NOTE.format(python=sys.executable, notes=str(notes)))
         (programs / name).chmod(0o755)
     subprocess.run(["bash", "-e"], input="\n".join(lines), text=True, check=True, cwd=folder,
                    env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"})
     calls = [json.loads(line) for line in notes.read_text().splitlines()]
-    unique = {json.dumps(call): call for call in calls if Path(call[0]).name not in ("pip", "git")}
+    unique = {json.dumps(call): call for call in calls if Path(call[0]).name in ("python", "torchrun")}
     return list(unique.values())
 
 
 def run(call):
     """Run one call, shortened. Returns its exit status, or None for what is checked elsewhere."""
     program, *arguments = call
-    if arguments[:2] == ["-m", "pytest"] or arguments[0].startswith("tests/"):
+    if arguments[:2] == ["-m", "pytest"]:
         return None
     if Path(program).name == "torchrun":
         arguments = arguments[1:]  # one process in the place of several: test_train.py starts torchrun itself
-    if arguments[0] == "-c":
-        names = {"short": [*SMALL, "--steps", "2", "--probe-clips", "0"]}
-        exec(re.sub(r"train\.main\((.*)\)", r"status = train.main([*\1, *short])", arguments[1]), names)
-        return names.get("status", 0)
     script, *flags = arguments
-    if script == "synthetic.py":
-        return synthetic.main([*flags, "--count", "16"])
-    if script == "data.py":
-        return data.main(flags)
-    if script == "probe.py":
-        short = ["--probe-epochs", "1", "--clips", "192", "--workers", "0", "--seeds", "2"]
+    module = importlib.import_module(Path(script).stem)
+    short = {"synthetic": ["--count", "16"], "data": [], "pictures": ["--clips", "600"], "benchmark": BENCHMARK,
+             "probe": ["--probe-epochs", "1", "--clips", "192", "--workers", "0", "--seeds", "2"], "train": STEPS,
+             "study": [*STEPS, "--seeds", "0"] if "--objective" in flags else []}[module.__name__]
+    if module is probe:
         short += ["--frames", "8", "--crop", "32"] if "--weights" in flags else []
+        short += ["--untrained", "tiny"] if "--untrained" in flags else []
         if "--episodes" in flags:  # the miniature has three classes
-            short += ["--episodes", "2", "--way", "3" if "--root" in flags else "5"]
-        if "--compare" in flags:  # of several seeds the sweeps below have the first alone
-            paths = flags[1:]
-            return probe.main(["--compare", paths[0], paths[len(paths) // 2]])
-        return probe.main(flags if "--table" in flags else flags + short)
-    short = [*SMALL, "--steps", "2", "--probe-clips", "192" if "--seeds" in flags else "0"]
+            short += ["--episodes", "2", "--way", "3"]
     if "all" in flags:
         short += ["--objective", "baseline,ld"]
-    elif "--seeds" in flags:  # two objectives of the list, one seed
-        names = flags[flags.index("--objective") + 1] if "--objective" in flags else "baseline"
-        short += ["--objective", ",".join(names.split(",")[:2])]
-    if "--seeds" in flags:
-        short += ["--seeds", "0"]
-    if "--benchmark" in flags or {"--list", "--gradients", "--help"} & set(flags):
-        return train.main(flags + short)
-    finished = train.main(flags + short)
-    if finished == 1 and "--seeds" not in flags:  # an earlier line ran it with the same folder
-        finished = train.main([*flags, *short, "--resume"])
-    return finished
+    if "--with" in flags:
+        return subprocess.run([sys.executable, str(HERE.parent / script), *flags, *short]).returncode
+    if {"--list", "--help", "--gradients", "--table", "--answer", "--agree", "--compare"} & set(flags):
+        short = []
+    if "--compare" in flags:
+        flags = [flag.replace("results-ucf101.json", "results-ucf101.json") for flag in flags]
+    status = module.main(flags + short)
+    if status == 1 and module is train:  # an earlier line ran it with the same folder
+        status = train.main([*flags, *short, "--resume"])
+    return status
 
 
 def main():
     torch.set_num_threads(1)
     readme = (HERE.parent / "README.md").read_text()
-    train.WARMUP_STEPS, train.TIMED_ROUNDS, probe.BLOB_CLIPS = 1, 1, [16, 8]
+    probe.FEW = probe.FEW._replace(steps=2)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         calls = noted(commands_of(readme), folder)
         os.chdir(folder)
+        (folder / "tests").symlink_to(HERE)
         write_datasets(folder / "DIR", train=5, test=2)
         os.environ["OMP_NUM_THREADS"] = "1"
         for run_folder in ("A", "B"):
-            train.main(["--steps", "1", "--probe-clips", "0", "--out", run_folder, *SMALL])
+            train.main([*STEPS, "--out", run_folder])
         torch.save({"encoder": foreign(Encoder(SIZES["tiny"], 8, 2))}, "vjepa2_1.pt")
-        synthetic.main(["--write", "videos", "--count", "16"])
-        for path in ("train.csv", "test.csv"):
-            lines = Path("videos/videos.csv").read_text().splitlines()
-            Path(path).write_text("".join(f"videos/{line}\n" for line in lines))
+        (folder / "mine.py").write_text("\n".join(re.findall(r"```python\n(import sys.*?)```", readme, re.S))
+                                        .replace("if __name__", "if False and __name__")
+                                        + "\n".join(re.findall(r"```python\n(TERMS.*?)```", readme, re.S)))
         wrong = []
         for call in calls:
             began = time.perf_counter()

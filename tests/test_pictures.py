@@ -48,7 +48,7 @@ def test_pictures_show_the_frames_both_masks_and_features(tmp_path, objective):
 
 
 def test_the_command_writes_four_pictures_the_same_ones_every_time(tmp_path):
-    (tmp_path / "metrics.csv").write_text("step,pred,ctx,total,lr,ema,feature_std\n0,1,2,3,1,,0.5\n9,0.5,1,1.5,1,,0.4\n")
+    (tmp_path / "metrics.csv").write_text("step,pred,ctx,total,ema,feature_std\n0,1,2,3,,0.5\n9,0.5,1,1.5,,0.4\n")
     for _ in range(2):
         before = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
         assert pictures.main(["--checkpoint", make_checkpoint(tmp_path), "--clips", "192"]) == 0
@@ -62,7 +62,7 @@ def test_the_command_writes_four_pictures_the_same_ones_every_time(tmp_path):
         assert min(left) > 20 and right[0] > 20 and (min(right[1:]) > 20) == (name == "motion")  # feature_std: one line
 
 
-def test_clips_of_a_benchmark_can_be_shown_and_the_unreadable_ones_are_left_out(tmp_path, capsys, quick_blobs):  # noqa: F811
+def test_clips_of_a_benchmark_are_shown_without_the_unreadable_ones(tmp_path, capsys, quick_blobs):  # noqa: F811
     flags = ["--checkpoint", make_checkpoint(tmp_path), "--benchmark", "blobs", "--clips", "192"]
     quick_blobs[1]["broken"] = range(3, 200)  # what is tested on begins with clip 160
     assert pictures.main(flags) == 1 and not (tmp_path / "masks.png").exists()
@@ -73,12 +73,6 @@ def test_clips_of_a_benchmark_can_be_shown_and_the_unreadable_ones_are_left_out(
     shown = [source.evaluation_clip(item - 160)[:, ::2].transpose(0, 1) / 255 for item in (171, 164)]
     small = rows.unflatten(0, (2, 3))[:, 0, ..., ::8, ::8]
     assert any(torch.allclose(small, torch.stack(order), atol=1 / 255) for order in (shown, shown[::-1]))
-
-
-def test_what_is_hidden_is_exactly_what_is_not_visible():
-    shown = pictures.tint_masked(torch.zeros(2, 3, 6, 9), torch.tensor([0, 4, 6, 11]), grid=(2, 2, 3), patch=3)
-    hidden = (shown[:, 0] > 0).view(2, 2, 3, 3, 3).float().mean((2, 4))
-    assert hidden.flatten().nonzero().flatten().tolist() == [1, 2, 3, 5, 7, 8, 9, 10]
 
 
 def test_the_colours_are_principal_components_of_all_clips_with_a_fixed_sign():
@@ -122,8 +116,8 @@ def test_discriminant_axes_are_fishers():
 @pytest.mark.parametrize("connected", [False, True])
 def test_points_and_lines_lie_where_their_values_say(tmp_path, connected):
     """A panel's frame is at 60 to 460; the second one's begins 580 pixels later, with a scale of its own."""
-    pictures.plot({"one": {"a": ([0, 4], [-1, 3]), "b": ([1], [3])}, "two": {"c": ([0, 2], [5, 5])}}, tmp_path / "x.png",
-                  connected)
+    panels = {"one": {"a": ([0, 4], [-1, 3]), "b": ([1], [3])}, "two": {"c": ([0, 2], [5, 5])}}
+    pictures.plot(panels, tmp_path / "x.png", connected)
     image = Image.open(tmp_path / "x.png").convert("RGB")
     a, b = map(ImageColor.getrgb, pictures.COLOURS[:2])
     for place, colour in (((60, 460), a), ((460, 60), a), ((640, 60), a), ((1040, 60), a)):

@@ -24,6 +24,7 @@ from synthetic import Shapes, write_dataset
 
 CONFIG = {"seed": 0, "model": "tiny", "patch": 8, "tubelet": 2, "frames": 4, "crop": 16}
 QUICK = ["--frames", "4", "--crop", "16", "--patch", "8", "--batch", "4"]
+EPISODES = ["5-way 1-shot episodes", "5-way 5-shot episodes"]
 LOADERLESS = ["--workers", "0", "--probe-epochs", "1"]
 
 
@@ -292,16 +293,6 @@ def test_batches_are_cut_from_one_shuffled_pass_over_the_labelled_clips_after_th
     assert len({*others}) == (len(others) if len(shown) > 1 else 1)
 
 
-def test_hidden_labels_teach_nothing_and_seeds_give_other_heads():
-    recipe, test = Recipe("attentive", False, 1e-2, 16, 3), make_set(200, spread=2.0, seed=1)
-    whole = make_set(80, spread=2.0)
-    first = Labelled(whole.features[:40], whole.labels[:40])
-    hidden = Labelled(whole.features, torch.where(torch.arange(80) < 40, whole.labels, -1))
-    assert probe.accuracies(recipe, first, test, [0, 1], "cpu") == probe.accuracies(recipe, hidden, test, [0, 1], "cpu")
-    found = probe.accuracies(recipe._replace(epochs=1), whole, test, [0, 0, 1, 2, 3], "cpu")
-    assert found[0] == found[1] and len(set(found)) > 1
-
-
 # ------------------------------------------------------------------------------------------------------- few labels
 
 
@@ -348,23 +339,21 @@ def test_episodes_equal_naive_ones(way, shot):
 def test_episodes_hold_the_right_clips_and_depend_on_labels_and_seed_alone():
     known, tested = torch.arange(70) % 7, torch.cat((torch.arange(140) % 7, torch.tensor([7] * 9)))
     tested[tested == 3] = 2  # class 3 has nothing to test, class 7 nothing to learn from
-    drawn = probe.draw_episodes(known, tested, 5, 2, 50, 1)
-    for support, query in drawn:
-        classes = known[support[:, 0]]
-        assert support.shape == (5, 2) and (known[support] == classes[:, None]).all()
-        assert len(set(classes.tolist())) == 5 and not {3, 7} & set(classes.tolist())
-        assert all(len(set(row.tolist())) == 2 for row in support) and len(set(query.tolist())) == len(query)
-        assert tested[query].unique(return_counts=True)[1].tolist() == [15] * 5
-        assert set(tested[query].tolist()) == set(classes.tolist())
-    again, other = probe.draw_episodes(known, tested, 5, 2, 50, 1), probe.draw_episodes(known, tested, 5, 2, 50, 2)
-    same = [all(map(np.array_equal, a, b)) for a, b in zip(drawn, again)]
-    assert all(same) and not any(all(map(np.array_equal, a, b)) for a, b in zip(drawn, other))
+    drawn = [probe.draw_episodes(known, tested, 5, 2, 50, seed) for seed in (1, 1, 2)]
+    for support, query in drawn[0]:
+        classes = [*known[support[:, 0]]]
+        assert len({*map(int, classes)} - {3, 7}) == 5 and support.shape == (5, 2)
+        assert known[support].T.tolist() == [classes] * 2 and (support[:, 0] != support[:, 1]).all()
+        assert [tested[query].tolist().count(label) for label in classes] == [15] * 5
+        assert len({*query}) == len(query) == 75
+    same = [[all(map(np.array_equal, a, b)) for a, b in zip(drawn[0], others)] for others in drawn[1:]]
+    assert all(same[0]) and not any(same[1])
     with pytest.raises(ValueError, match="7-way 2-shot episode needs 7 classes .* 6 have them"):
         probe.draw_episodes(known, tested, 7, 2, 1, 0)
 
 
 def test_probes_of_moving_shapes_see_the_clips_tokens_and_labels_that_they_name(monkeypatch):
-    """Each draw is a head of its seed on the clips of that draw, cut out by hand; no other clip's tokens are looked at."""
+    """Each draw is a head of its seed on the clips of that draw, cut out by hand; no others' tokens are looked at."""
     monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=3))
     monkeypatch.setattr(probe, "LINEAR", probe.LINEAR._replace(epochs=1))
     with monkeypatch.context() as patch:
@@ -387,8 +376,9 @@ def test_probes_of_moving_shapes_see_the_clips_tokens_and_labels_that_they_name(
     for k, factor in itertools.product((1, 2), ("direction", "motion", "appearance")):
         for draw, value in zip(range(3, 8), found[str(k)][factor], strict=True):
             shown = probe.draw_shots(labels[0][factor], k, draw) >= 0
-            few = Labelled(tokens[0][shown].half(), labels[0][factor][shown])
-            assert [value] == probe.accuracies(probe.FEW, few, Labelled(tokens[1].half(), labels[1][factor]), [draw], "cpu")
+            few = (Labelled(tokens[0][shown].half(), labels[0][factor][shown]),
+                   Labelled(tokens[1].half(), labels[1][factor]))
+            assert [value] == probe.accuracies(probe.FEW, *few, [draw], "cpu")
     assert list(found["linear"]) == ["direction", "speed", "appearance"]
     for factor, value in found["linear"].items():
         pooled = [Labelled(each.mean(1, keepdim=True), some[factor]) for each, some in zip(tokens, labels)]
@@ -437,9 +427,9 @@ def test_a_killed_extraction_goes_on_and_writes_the_same_features_to_the_bit(tmp
     monkeypatch.setattr(os, "replace", lambda old, new: renamed.append(Path(old).name) or replace(old, new))
     assert extract("whole") == [*range(60)] and extract("whole") == []
     assert renamed == [f"{start}.pt.{os.getpid()}.tmp" for start in (0, 16, 32, 48)]
-    killed, whole = ({path.relative_to(tmp_path / folder): path.read_bytes() for path in (tmp_path / folder).rglob("*.*")}
+    killed, whole = ({path.name: path.read_bytes() for path in (tmp_path / folder).rglob("*.*")}
                      for folder in ("killed", "whole"))
-    assert killed == whole and [path.name for path in sorted(whole)] == ["0.pt", "16.pt", "32.pt", "48.pt"]
+    assert killed == whole and {*whole} == {"0.pt", "16.pt", "32.pt", "48.pt"}
 
 
 def test_features_are_used_again_only_for_the_same_weights_clips_sizes_and_code(tmp_path, monkeypatch):
@@ -493,8 +483,8 @@ def test_a_second_process_on_the_same_features_is_told(tmp_path, capfd, quick_bl
     with synthetic.locked(tmp_path / "features-blobs-8-8-train"):
         assert exit_status(lambda: sys.exit(probe.main(flags))) == 1
     message, = capfd.readouterr().err.splitlines()
-    assert message.startswith("probe.py: another process is at work on ") and message.count("features-blobs-8-8-train") == 1
-    assert not list(tmp_path.rglob("*.pt"))[1:] and probe.main(flags) == 0
+    assert message.startswith(f"probe.py: another process is at work on {tmp_path}/features-blobs-8-8-train;")
+    assert probe.main(flags) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- results
@@ -522,7 +512,7 @@ def test_a_result_says_how_it_came_about_and_keeps_what_was_measured_before(tmp_
     assert probe.main([*flags, "--probe-epochs", "1", "--blob-clips", "80,32"]) == 0  # in files of its own
     assert (result(tmp_path, "blobs-80-32")["train"]["clips"], {path: path.read_bytes() for path in kept}) == (79, kept)
     assert probe.main([*flags, "--episodes", "3"]) == 0
-    assert [*result(tmp_path)["measurements"]] == [*found["measurements"], "5-way 1-shot episodes", "5-way 5-shot episodes"]
+    assert [*result(tmp_path)["measurements"]] == [*found["measurements"], *EPISODES]
     options["classes"] = 7  # other clips: what was measured before is not of these
     assert probe.main([*flags, "--episodes", "3"]) == 0 and len(result(tmp_path)["measurements"]) == 2
 
@@ -530,18 +520,18 @@ def test_a_result_says_how_it_came_about_and_keeps_what_was_measured_before(tmp_
 def test_few_label_measurements_are_of_both_heads_and_of_the_same_draws_for_every_checkpoint(
         tmp_path, monkeypatch, quick_blobs):
     monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=2))
-    flags = ["--benchmark", "blobs", "--shots", "1,3,all", "--episodes", "30", "--seeds", "2", "--seed", "4", *LOADERLESS]
+    flags = [*"--benchmark blobs --shots 1,3,all --episodes 30 --seeds 2 --seed 4".split(), *LOADERLESS]
     for seed in (0, 1):
         assert probe.main(["--checkpoint", make_checkpoint(tmp_path / str(seed), seed=seed), *flags]) == 0
     a, b = (result(tmp_path / folder)["measurements"] for folder in ("0", "1"))
-    assert list(a) == list(b) == ["5-way 1-shot episodes", "5-way 5-shot episodes"] + [
+    assert list(a) == list(b) == EPISODES + [
         f"{k} labels, {head} head" for k in (1, 3, "all") for head in ("attentive", "standardised")]
     assert [a[name]["how"] for name in a] == [b[name]["how"] for name in b]
     assert [a[name]["values"] for name in a] != [b[name]["values"] for name in b]
     assert [len(each["values"]) for each in a.values()] == [30, 30, 5, 5, 5, 5, 2, 2]
-    few, every = ([a[f"{k} labels, standardised head"]["how"][key] for key in ("k", "seeds", "steps", "epochs", "pooled")]
+    few, every = ([a[f"{k} labels, standardised head"]["how"][key] for key in ("k", "seeds", "steps", "epochs")]
                   for k in (3, "all"))
-    assert few == [3, [4, 5, 6, 7, 8], 2, 0, True] and every == [0, [4, 5], 0, 1, True]
+    assert few == [3, [4, 5, 6, 7, 8], 2, 0] and every == [0, [4, 5], 0, 1]
 
 
 @pytest.mark.parametrize("damage", [b"{", b"[]", b"\xff", b""])
@@ -559,8 +549,9 @@ def test_a_damaged_result_is_named_before_any_clip_is_read_and_kept(tmp_path, ca
 @pytest.mark.parametrize("benchmark", ["diving48", "ssv2", "imagenet100", "ucf101"])
 def test_the_benchmarks_run_from_their_publishers_files(tmp_path, monkeypatch, miniature, benchmark):
     monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=2))
-    flags = ["--checkpoint", make_checkpoint(tmp_path, "--crop", "32"), "--benchmark", benchmark, "--root", str(miniature)]
-    assert probe.main([*flags, *LOADERLESS]) == 0 and probe.main([*flags, *LOADERLESS, "--shots", "1,all"]) == 0
+    flags = ["--checkpoint", make_checkpoint(tmp_path, "--crop", "32"), "--benchmark", benchmark, *LOADERLESS]
+    for more in ([], ["--shots", "1,all"]):
+        assert probe.main([*flags, "--root", str(miniature), *more]) == 0
     found, recipe = result(tmp_path, benchmark), BENCHMARKS[benchmark]
     sources = [data.open_dataset(benchmark, miniature, split, 4, 32) for split in ("train", "test")]
     assert (found["train"]["clips"], found["test"]["clips"]) == tuple(map(len, sources))
@@ -613,10 +604,9 @@ def test_random_weights_are_evaluated_without_a_checkpoint(tmp_path, monkeypatch
     assert "untrained tiny of seed 3, blobs-16-8-untrained: 16 clips to learn" in capsys.readouterr().out
     encoder = train.build(train.parse(["--seed", "3", "--patch", "16"])[0]).encoder
     assert found["sha256"] == probe.encoder_fingerprint(encoder) and [*found["measurements"]] == measured
-    sources = [data.BlobClips(8, 160, items=items, first=10_042, directions=True) for items in (range(16), range(16, 24))]
-    sets = [Labelled(stored(folder, f"blobs-16-8-untrained-{split}"), torch.tensor(source.labels))
-            for split, source in zip(("train", "test"), sources)]
-    expected = naive_features(encoder, map(sources[1].evaluation_clip, range(8)))
+    sets = [Labelled(stored(folder, f"blobs-16-8-untrained-{split}"), torch.arange(count) % 8)
+            for split, count in (("train", 16), ("test", 8))]
+    expected = naive_features(encoder, [synthetic.Blobs(10_042).video(16 + i)[0][:, :8] for i in range(8)])
     assert expected.shape == (8, 4 * 10 * 10, 128)  # 8 frames of 160 pixels, in tokens of 2 x 16 x 16
     torch.testing.assert_close(sets[1].features.float(), expected, rtol=2e-3, atol=2e-3)
     assert found["measurements"][measured[0]]["values"] == probe.accuracies(
@@ -646,17 +636,17 @@ NO_FILE = "is not a file of torch.save, or was cut short"
     ("flipped bit", "is damaged: the checksum of its part"),
     ("foreign", {"--checkpoint": "was not written by this version", "--weights": "holds no 'ema_encoder'"})])
 def test_a_file_of_anything_else_gives_one_sentence_and_runs_no_code(tmp_path, capsys, flag, kind, sentence):
-    path = Path(make_checkpoint(tmp_path / "run"))
+    path, harm = Path(make_checkpoint(tmp_path / "run")), Harm(tmp_path / "harm")
     whole = path.read_bytes()
+    half = len(whole) // 2
     if kind in ("objects", "foreign"):
-        torch.save({"encoder": Harm(tmp_path / "harm")} if kind == "objects" else {"model": {"x": torch.zeros(2)}}, path)
-    elif kind == "gone":
-        path.unlink()
+        torch.save({"encoder": harm} if kind == "objects" else {"model": {"x": torch.zeros(2)}}, path)
     else:
-        path.write_bytes({"cut": whole[:len(whole) // 2], "text": b"hello", "empty": b"",
-                          "pickle": pickle.dumps(Harm(tmp_path / "harm"), 2), "safetensors": b'\x40\0\0\0\0\0\0\0{"a":{',
-                          "flipped bit": whole[:len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 16])
-                          + whole[len(whole) // 2 + 1:]}[kind])
+        path.write_bytes({"cut": whole[:half], "text": b"hello", "empty": b"", "gone": b"",
+                          "pickle": pickle.dumps(harm, 2), "safetensors": b'\x40\0\0\0\0\0\0\0{"a":{"dtype":"F32"',
+                          "flipped bit": whole[:half] + bytes([whole[half] ^ 16]) + whole[half + 1:]}[kind])
+    if kind == "gone":
+        path.unlink()
     assert probe.main([flag, str(path), "--out", str(tmp_path / "out")]) == 1
     message, = capsys.readouterr().err.splitlines()
     assert message.startswith("probe.py: ") and str(path) in message
@@ -710,40 +700,19 @@ UNUSED = {"patch_embed_img.proj.weight": torch.zeros(128, 3, 1, 4, 4), "patch_em
           "img_mod_embed": torch.zeros(1, 1, 128)}
 
 
-@pytest.mark.parametrize("prefix, unused", [("", {}), ("module.", UNUSED), ("backbone.", {}), ("module.backbone.", UNUSED)])
+@pytest.mark.parametrize("prefix, unused", [("", {}), ("module.", {}), ("backbone.", UNUSED), ("module.backbone.", {})])
 @pytest.mark.parametrize("there, taken", [(("encoder", "target_encoder", "ema_encoder"), "ema_encoder"),
                                           (("target_encoder", "encoder"), "target_encoder"), (("encoder",), "encoder")])
 def test_foreign_weights_give_the_same_outputs_and_the_averaged_ones_come_first(tmp_path, prefix, unused, there, taken):
     sources = {name: random_encoder(seed) for seed, name in enumerate(there)}
-    torch.save({"epoch": 3, "predictor": {"module.x": torch.zeros(2)}, **{name: {
-        prefix + key: weight for key, weight in {**foreign(source), **unused}.items()} for name, source in sources.items()}},
-        tmp_path / "w.pt")
+    weights = {name: {prefix + key: weight for key, weight in {**foreign(source), **unused}.items()}
+               for name, source in sources.items()}
+    torch.save({"epoch": 3, "predictor": {"module.x": torch.zeros(2)}, **weights}, tmp_path / "w.pt")
     loaded, about = load_vjepa(tmp_path / "w.pt")
     assert about == {"model": "tiny", "patch": 4, "tubelet": 2}
     clips = torch.randn(2, 3, 4, 12, 8)
     with torch.no_grad():
         assert torch.equal(loaded(clips), sources[taken](clips))
-
-
-@pytest.mark.parametrize("size, depth", [("vit_base", 12), ("vit_large", 24)])
-def test_the_names_and_shapes_are_those_of_v_jepa(size, depth, monkeypatch):
-    """Without memory, but the whole loading path, up to the copying."""
-    width = SIZES[size].width
-    blocks = {"norm1": (width,), "norm2": (width,), "attn.qkv": (3 * width, width), "attn.proj": (width, width),
-              "mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
-    shapes = {"patch_embed.proj.weight": (width, 3, 2, 16, 16), "patch_embed.proj.bias": (width,),
-              "video_mod_embed": (1, 1, width)}
-    for i, (part, shape) in itertools.product(range(depth), blocks.items()):
-        shapes |= {f"blocks.{i}.{part}.weight": shape, f"blocks.{i}.{part}.bias": shape[:1]}
-    for i, kind in itertools.product(range(4), ("weight", "bias")):
-        shapes[f"norms_block.{i}.{kind}"] = (width,)
-    with torch.device("meta"):
-        monkeypatch.setattr("model.load_tensors", lambda path: {"ema_encoder": {
-            f"module.backbone.{name}": torch.empty(shape) for name, shape in shapes.items()}})
-        loaded, about = load_vjepa("any")
-    assert about == {"model": size, "patch": 16, "tubelet": 2}
-    shapes["patch_embed.proj.weight"] = (width, 3 * 2 * 16 * 16)  # a linear layer over the pixels of a tubelet
-    assert sorted(map(tuple, (p.shape for p in loaded.parameters()))) == sorted(shapes.values())
 
 
 @pytest.mark.parametrize("change, named", [
@@ -781,16 +750,17 @@ def test_foreign_weights_are_evaluated_like_a_checkpoint(tmp_path, quick_blobs, 
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    ("", "give one of --checkpoint, --weights and --untrained SIZE"), ("--weights b", "--weights needs --out"),
+    ("", "give one of --checkpoint, --weights and --untrained SIZE"), ("--untrained", "give one of"),
     ("--checkpoint a --weights b --out c", "give one of"), ("--checkpoint a --untrained tiny", "give one of"),
-    ("--untrained", "give one of"), ("--untrained huge", "invalid choice: 'huge'"), ("--untrained tiny --clips 20", "not from 192"),
-    ("--untrained tiny --benchmark diving", "invalid choice: 'diving'"), ("--untrained tiny --shots 0", "not from 1"),
-    ("--untrained tiny --benchmark diving48", "needs --root"), ("--untrained tiny --episodes", "--episodes needs --benchmark"),
-    ("--untrained tiny --train-list a --test-list b --benchmark ssv2", "give one"), ("--untrained tiny --shots 1,two", "--shots"),
-    ("--untrained tiny --train-list a.csv", "go together"), ("--untrained tiny --root nowhere", "--root is for --benchmark"),
-    ("--untrained tiny --blob-clips 160", "takes two numbers"), ("--untrained tiny --blob-clips all,4", "two numbers"),
-    ("--untrained tiny --benchmark blobs --frames 4", "no --frames, no --crop"), ("--untrained tiny --way 1", "not from 2"),
-    ("--untrained tiny --probe-epoch 3", "unrecognized arguments: --probe-epoch"),
+    ("--untrained huge", "invalid choice: 'huge'"), ("--weights b", "--weights needs --out"),
+    ("--untrained tiny --clips 20", "not from 192"), ("--untrained tiny --benchmark diving", "choice: 'diving'"),
+    ("--untrained tiny --shots 0", "not from 1"), ("--untrained tiny --shots 1,two", "--shots"),
+    ("--untrained tiny --benchmark diving48", "needs --root"), ("--untrained tiny --way 1", "not from 2"),
+    ("--untrained tiny --episodes", "--episodes needs"), ("--untrained tiny --train-list a.csv", "go together"),
+    ("--untrained tiny --train-list a --test-list b --benchmark ssv2", "give one"),
+    ("--untrained tiny --root nowhere", "--root is for"), ("--untrained tiny --blob-clips 160", "two numbers"),
+    ("--untrained tiny --blob-clips all,4", "two numbers"), ("--untrained tiny --probe-epoch 3", "unrecognized"),
+    ("--untrained tiny --benchmark blobs --frames 4", "no --frames, no --crop"),
     ("--untrained tiny --benchmark diving48 --root nowhere", "probe.py: .* is missing; README.md"),
     ("--untrained tiny --train-list a.csv --test-list b.csv", "probe.py: .*a.csv does not exist"),
     ("--untrained tiny --benchmark blobs --episodes --way 9", "probe.py: a 9-way 5-shot episode needs 9 classes"),
