@@ -462,8 +462,10 @@ def sigreg(outputs, directions=1024, chunk=64):
 
 def energy_gradient(head, q, p):
     """dE/dq and dE/dp [B, n, 2D] of the energy network at (q, p), themselves differentiable."""
-    # torch.autograd.grad would break the graph of a compiled step.
-    return torch.func.grad(lambda q, p: head(torch.cat((q, p), dim=-1)).sum(), argnums=(0, 1))(q, p)
+    # torch.autograd.grad would break the graph of a compiled step; with B and n apart, every n would compile anew.
+    x = torch.cat((q, p), dim=-1).flatten(0, 1)  # (B n, 4D)
+    gradient = torch.func.grad(lambda x: head(x).sum())(x)
+    return gradient.view(*q.shape[:2], -1).chunk(2, dim=-1)
 
 
 def hamiltonian(outputs, head, dt=0.1):

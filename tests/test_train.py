@@ -326,7 +326,8 @@ def test_a_signal_to_the_whole_process_group_leaves_a_checkpoint_and_a_word(tmp_
     flags = [*QUICK, "--patch", "8", "--workers", "2", "--steps", "1000000", "--out"]
     metrics = tmp_path / "run" / "metrics.csv"
     with subprocess.Popen([sys.executable, "train.py", *flags, str(tmp_path / "run")], cwd=ROOT, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          start_new_session=True) as process:
         while process.poll() is None and not (metrics.exists() and "\n3," in metrics.read_text()):
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGTERM)
