@@ -104,7 +104,7 @@ def open_video(path):
     if not Path(path).is_file():  # a pipe would be waited for
         raise Unreadable(path, "Is a directory" if Path(path).is_dir() else "No such file")
     # The prefix keeps it from taking a colon in a name for a protocol.
-    limits = {"format_whitelist": ",".join(VIDEO_FORMATS), "max_pixels": str(MOST_PIXELS)}  # to look into it decodes, too
+    limits = {"format_whitelist": ",".join(VIDEO_FORMATS), "max_pixels": str(MOST_PIXELS)}  # opening decodes, too
     container = av.open(f"file:{path}", metadata_errors="replace", options=limits)
     streams = [stream for stream in container.streams.video  # a song's cover is an attached picture
                if not stream.disposition & av.stream.Disposition.attached_pic]
@@ -133,7 +133,7 @@ def trusted(packets, stream):
 def decode_by_time(container, stream, start, chosen):
     """Decode from the key frame at `start` the frames chosen, {time: number}: {number: RGB picture}.
 
-    Fewer where the decoder disagrees with the container: frames do not ascend in time, or do not begin with a key frame.
+    Fewer where the decoder disagrees with the container: frames do not ascend in time, or begin with no key frame.
     """
     import av
     context, awaited, found, last = stream.codec_context, set(chosen), {}, None
@@ -233,7 +233,7 @@ def spread(start, length, count):
 def window(n, frames, step, generator):
     """Frame numbers of a random clip from a video of n frames: one window of L = frames * step frames.
 
-    It starts at 0 to n - L - 1. A video no longer than L gives floor(linspace(0, n, n // step)), its last frame repeated.
+    It starts at 0 to n - L - 1. A video no longer than L gives floor(linspace(0, n, n // step)), the last repeated.
     """
     length = frames * step
     if n > length:
@@ -244,7 +244,7 @@ def window(n, frames, step, generator):
 
 
 def fps_step(rate, fps):
-    """The frame step ceil(rate) // fps, at least 1. Rates are measured, so they are rounded to a tenth: 15.0016 is 15."""
+    """The frame step ceil(rate) // fps, at least 1. Rates are measured, so rounded to a tenth: 15.0016 is 15."""
     return max(1, math.ceil(round(rate, 1)) // fps)
 
 
@@ -366,9 +366,9 @@ class Batches:
 
     batches[step] -> a rank's micro-batches, a list: uint8 clips [micro_batch, 3, T, H, W] and their masks,
     make_masks(clips, positions, sizes) with two generators. Micro-batch j of a step draws where its blocks lie from
-    (seed, step, j), and how large they are from (seed, step), whichever rank takes it. Clips are drawn with replacement:
-    first the source, by weight, then any of its items; `Shapes` makes new ones, by the batch. For a file that cannot be
-    read another of its source is taken, and a line in the file `unreadable` says so: step, source, path and reason.
+    (seed, step, j), and how large they are from (seed, step), whichever rank takes it. Clips are drawn with
+    replacement: first the source, by weight, then any of its items; `Shapes` makes new ones, by the batch. For a file
+    that cannot be read another of its source is taken, and a line in the file `unreadable` says so.
     Raises ValueError where batch, micro-batch and ranks do not fit.
     """
 
@@ -436,7 +436,7 @@ def load(items, workers, **how):
 
 @atexit.register
 def end_workers():
-    """Kill what is left of the loaders' workers: they ignore the signal by which Python would end them, and wait for."""
+    """Kill what is left of the loaders' workers: they ignore the signal by which Python would end them."""
     for worker in [worker for worker in multiprocessing.active_children() if worker.daemon]:
         with contextlib.suppress(RuntimeError):  # torch's, of a worker that was killed
             worker.kill()
@@ -581,7 +581,8 @@ def imagenet100(root):
     splits, classes = [], []
     for folder in (first_there(root, "train"), first_there(root, "val", "validation")):
         classes.append(sorted(each.name for each in folder.iterdir() if each.is_dir() and not is_hidden(each.name)))
-        pairs = [(path, i) for i, name in enumerate(classes[-1]) for path in files_below(folder / name) if is_image(path)]
+        pairs = [(path, i) for i, name in enumerate(classes[-1])
+                 for path in files_below(folder / name) if is_image(path)]
         splits.append(Split([path for path, _ in pairs], [label for _, label in pairs]))
     if classes[0] != classes[1] or not all(split.paths for split in splits):
         raise ValueError(f"train and val of {root} should hold images of the same classes; they differ in "
@@ -617,8 +618,8 @@ class PublicDataset(NamedTuple):
         try:
             return self.read(places[0] if places else root)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}; README.md, 'The study's datasets', says what belongs to {self.title} and "
-                                    "who offers it") from None
+            raise FileNotFoundError(f"{error}; README.md, 'The study's datasets', says what belongs to {self.title} "
+                                    "and who offers it") from None
 
 
 DATASETS = {
@@ -658,8 +659,8 @@ def inspect(title, paths, workers):
     for what, values in zip(("height", "width", "frames", "frames per second"), facts):
         print(f"    {what}: {min(values):.4g} to {max(values):.4g}")
     if len(facts) > 2:
-        print(f"    evaluation takes 16 frames from all of a video, {max(1, round(statistics.median(facts[2]) / 16))} apart "
-              "(median): the --frame-step to train with")
+        step = max(1, round(statistics.median(facts[2]) / 16))
+        print(f"    evaluation takes 16 frames from all of a video, {step} apart (median): a good --frame-step")
     print(f"    unreadable: {len(reasons):,}", *reasons[:5], sep="\n      ")
     if len(reasons) > MAX_BROKEN * len(paths):
         print(f"    More than {MAX_BROKEN:.0%} cannot be read: a run would stop.")
@@ -688,12 +689,13 @@ def check(root, workers):
     presets = [preset for preset, names in (("mixed", MIXED), ("ucf101", ["ucf101"])) if all(map(usable.get, names))]
     if not presets:
         paths, _ = own_videos(root)
-        others = Counter(file.suffix or "without suffix" for file in files_below(root)) - Counter(path.suffix for path in paths)
+        others = Counter(path.suffix or "without suffix" for path in sorted({*files_below(root)} - {*paths}))
         print(f"Videos below {root}, of every split: {len(paths):,}; left out as no videos: "
               f"{', '.join(f'{count:,} {suffix}' for suffix, count in others.items()) or 'none'}")
         if not inspect("videos", paths, workers):
             raise ValueError(f"too many of the videos in {root} cannot be read")
-    print("Train with: python train.py", f"--preset {presets[0]} --root" if presets else "--data", shlex.quote(str(root)))
+    how = f"--preset {presets[0]} --root" if presets else "--data"
+    print(f"Train with: python train.py {how} {shlex.quote(str(root))}")
 
 
 @command("data.py", smaller="number of --workers")

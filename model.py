@@ -270,8 +270,8 @@ def load_vjepa(path):
         encoder = Encoder(SIZES[size], patch, tubelet)
         encoder.load_state_dict(weights)
     except (AttributeError, KeyError, StopIteration, ValueError):
-        raise ValueError(f"'{chosen}' of {path} is not an encoder of a known size: patch_embed.proj.weight should be [D, "
-                         f"3, tubelet, patch, patch], D one of {[size.width for size in SIZES.values()]}") from None
+        raise ValueError(f"'{chosen}' of {path} is not an encoder of a known size: patch_embed.proj.weight should be "
+                         f"[D, 3, tubelet, patch, patch], D one of {[size.width for size in SIZES.values()]}") from None
     except RuntimeError as error:  # torch's names everything that is missing, left over or of another shape
         raise ValueError(f"'{chosen}' of {path} does not fit {size}: {' '.join(str(error).split())}") from None
     return encoder, {"model": size, "patch": patch, "tubelet": tubelet}

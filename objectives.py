@@ -302,7 +302,7 @@ def hard_weighting(outputs, temperature=1.0):
 
 @torch.no_grad()
 def hard_share(outputs, temperature=1.0):
-    """How uniform the weights of `hard_weighting` are, at most 1: effective sample size over k, (sum w)^2 / (k sum w^2)."""
+    """Uniformity of the weights of `hard_weighting`, 1 at most: effective sample size / k = (sum w)^2 / (k sum w^2)."""
     weights = [hard_weights(error, temperature) for error in masked_errors(outputs)]
     return sum((weight.mean(1).square() / weight.square().mean(1)).mean() for weight in weights) / len(weights)
 
@@ -449,8 +449,8 @@ def epps_pulley(sample, directions):
 def sigreg(outputs, directions=1024, chunk=64):
     """Sketched isotropic Gaussian regularisation: `epps_pulley` of all visible tokens of both masks.
 
-    Random unit directions, fresh each time, equal on all ranks: the one statistic that spans ranks, as in the study. They
-    go through in chunks that the backward pass computes again, so that memory does not grow with their number.
+    Random unit directions, fresh each time, equal on all ranks: the one statistic that spans ranks, as in the study.
+    They go through in chunks that the backward pass computes again, so that memory does not grow with their number.
     """
     with torch.autocast(outputs.h.device.type, enabled=False):
         sample = at_least_float32(torch.cat([mask.z.flatten(0, 1) for mask in outputs.masks]))  # (n, 4D)
@@ -471,8 +471,8 @@ def energy_gradient(head, q, p):
 def hamiltonian(outputs, head, dt=0.1):
     """Hamiltonian flow: mean |q' - q of H+| + mean |p' - p of H+| over pairs, from one step of symplectic Euler.
 
-    Z = (q, p) in halves, E an energy network: q' = q + dt dE/dp(q, p), then p' = p - dt dE/dq(q', p). The loss's gradient
-    runs through both derivatives.
+    Z = (q, p) in halves, E an energy network: q' = q + dt dE/dp(q, p), then p' = p - dt dE/dq(q', p). The gradient of
+    the loss runs through both derivatives.
     """
     def errors(mask):
         q, p = mask.z.chunk(2, dim=-1)  # (B, n, 2D) each

@@ -93,7 +93,7 @@ def make_encoder(config, state=None):
 
 
 def open_frozen(flags, untrained):
-    """The encoder that the command line names, or an untrained one. Raises ValueError or OSError where there is none."""
+    """The encoder that the command line names, or an untrained one. Raises ValueError or OSError for a wrong file."""
     config = {"seed": flags.seed, "model": flags.untrained, "patch": 16, "tubelet": 2, "frames": 16, "crop": 224}
     state, folder = None, f"runs/untrained-{flags.untrained}-seed{flags.seed}"
     if flags.checkpoint:
@@ -111,7 +111,7 @@ def open_frozen(flags, untrained):
         masking = Masking(**checkpoint["definition"]["masking"]) if flags.checkpoint else Masking()
         return Frozen(make_encoder(config, state), config, masking, about, Path(flags.out or folder))
     except (KeyError, RuntimeError, TypeError):
-        raise ValueError(f"{flags.checkpoint} holds an encoder of another version of model.py; train it again") from None
+        raise ValueError(f"{flags.checkpoint} is of another version of model.py; train it again") from None
 
 
 @torch.no_grad()
@@ -154,7 +154,7 @@ class LinearHead(nn.Module):
         self.linear = nn.Linear(width, classes)
 
     def standardise(self, features):
-        """By mean and deviation of all training clips [n, 1, D]. That takes no labels: few-label probes may do it, too."""
+        """By mean and deviation of all training clips [n, 1, D]. That takes no labels: few-label probes do it, too."""
         self.mean, self.deviation = features.squeeze(1).mean(0), features.squeeze(1).std(0) + 1e-6
 
     def forward(self, tokens):
@@ -190,7 +190,7 @@ class AttentiveHead(nn.Module):
 
 
 def train_head(head, train, recipe, seed, device, progress=""):
-    """AdamW on the labelled clips of `train`, by shuffled epochs, or by steps from one shuffled pass after the other."""
+    """AdamW on the labelled clips of `train`, by shuffled epochs, or by steps from one shuffled pass after another."""
     optimizer = torch.optim.AdamW(head.parameters(), lr=recipe.lr, weight_decay=WEIGHT_DECAY)
     shuffle, labelled = torch.Generator().manual_seed(seed), (train.labels >= 0).nonzero().squeeze(1)
     epochs = recipe.epochs or math.ceil(recipe.steps * recipe.batch / len(labelled))
@@ -248,8 +248,8 @@ FEW_FACTORS, LINEAR_FACTORS = ("direction", "motion", "appearance"), ("direction
 
 def held_out(encoder, config, count):
     """Moving shapes that no run trains on: (shapes, how many) to learn from, and a third as many to be tested on."""
-    return [(Shapes(config["frames"], config["crop"], HELD_OUT + i, encoder.video.device, config.get("world", "default")),
-             clips) for i, clips in enumerate((count, max(1, count // 3)))]
+    how, device, world = (config["frames"], config["crop"]), encoder.video.device, config.get("world", "default")
+    return [(Shapes(*how, HELD_OUT + i, device, world), clips) for i, clips in enumerate((count, max(1, count // 3)))]
 
 
 def shape_features(encoder, shapes, count, about, keep=None):
@@ -285,13 +285,13 @@ def probe_shapes(encoder, config, count, seed=0, shots=(LABELS,), about="the enc
         for k in shots if factor in FEW_FACTORS else ():
             found[str(k)][factor] = accuracies(FEW, *few, draws, device, k, f"{about}, {k} labels: {factor}")
         if factor in LINEAR_FACTORS:
-            found["linear"][factor], = accuracies(LINEAR, *linear, [seed], device, progress=f"{about}, linear: {factor}")
+            found["linear"][factor], = accuracies(LINEAR, *linear, [seed], device, progress=f"linear: {factor}")
     return found
 
 
 def show_shapes(rows, count):
     """Print results, {name of an encoder: `probe_shapes`}, as one table for each number of labels."""
-    print(f"\nTop-1 % on {max(1, count // 3):,} held-out moving shapes (generated), one training seed; ± over {DRAWS} draws")
+    print(f"\nTop-1 % on {max(1, count // 3):,} generated clips, held out; one training seed; ± over {DRAWS} draws")
     columns = [*FEW_FACTORS, *LINEAR_FACTORS]
     for k in [k for k in next(iter(rows.values())) if k != "linear"]:
         print(f"{'':<12}{f'{k} labels per class, attentive head':<42}all {count:,} labels, linear head")
@@ -372,7 +372,7 @@ def extract(frozen, source, name, pooled, workers):
     extraction that was killed goes on, with the same features to the bit, and other weights, clips or code never meet
     them. Raises ValueError where no clip can be read, or a feature is not finite.
     """
-    files = [(os.path.getsize(path), os.stat(path).st_mtime_ns) if os.path.exists(path) else None for path in source.paths]
+    files = [os.path.exists(path) and (os.path.getsize(path), os.stat(path).st_mtime_ns) for path in source.paths]
     code = [Path(__file__).with_name(each).read_text() for each in ("model.py", "data.py", "synthetic.py")]
     identity = fingerprint(encoder_fingerprint(frozen.encoder), source.paths, files, source.labels, code, source.frames,
                            source.crop, pooled)
@@ -384,7 +384,7 @@ def extract(frozen, source, name, pooled, workers):
         missing = [start for start in starts if open_chunk(folder / f"{start}.pt") is None]
         read = data.load([range(start, min(start + CHUNK, len(source))) for start in missing], workers,
                          collate_fn=functools.partial(data.read_all, source=source))
-        for start, clips in zip(missing, tqdm(read, f"features of {name}", len(missing), unit=f" x {CHUNK} clips", disable=None)):
+        for start, clips in zip(missing, tqdm(read, f"features of {name}", len(missing), unit="chunk", disable=None)):
             unreadable = {start + i: clip for i, clip in enumerate(clips) if isinstance(clip, str)}
             clips = [clip for clip in clips if torch.is_tensor(clip)]
             tokens = last_level(frozen.encoder, torch.stack(clips)) if clips else torch.zeros(0, 1, 1)  # (b, N, D)
@@ -456,9 +456,10 @@ def measure(recipe, train, test, flags, device):
         jobs += [(FEW, k), (FEW._replace(head="standardised", pooled=True), k)] if k else [(attentive, 0), (LINEAR, 0)]
     for each, k in jobs:
         each = each._replace(epochs=each.epochs and (flags.probe_epochs or each.epochs))
-        name, seeds = f"{k or 'all'} labels, {each.head} head", range(flags.seed, flags.seed + (DRAWS if k else flags.seeds))
+        name, count = f"{k or 'all'} labels, {each.head} head", DRAWS if k else flags.seeds
         clips = pooled if pooled and each.pooled else (train, test)
-        found[name] = accuracies(each, *clips, seeds, device, k, name), {**each._asdict(), "k": k, "seeds": [*seeds]}
+        seeds = [*range(flags.seed, flags.seed + count)]
+        found[name] = accuracies(each, *clips, seeds, device, k, name), {**each._asdict(), "k": k, "seeds": seeds}
     return {name: {"values": values, "how": {**how, "labels": labels}} for name, (values, how) in found.items()}
 
 
@@ -476,8 +477,9 @@ def evaluate(frozen, name, sources, flags):
     before = read_json(path)  # before hours of extraction: it may be damaged, and episodes may not be there to be drawn
     if flags.episodes:
         draw_episodes(*(source.labels for source in sources), flags.way, 5, 0, 0)
-    (train, about_train), (test, about_test) = (extract(
-        frozen, source, f"{name}-{split}", recipe.pooled, flags.workers) for split, source in zip(("train", "test"), sources))
+    (train, about_train), (test, about_test) = (
+        extract(frozen, source, f"{name}-{split}", recipe.pooled, flags.workers)
+        for split, source in zip(("train", "test"), sources))
     measurements = measure(recipe, train, test, flags, frozen.encoder.video.device)
     classes = len({*train.labels.tolist(), *test.labels.tolist()})
     print(f"{frozen.about}, {name}: {len(train.labels):,} clips to learn from, {len(test.labels):,} to be tested on, "
@@ -534,9 +536,11 @@ def parse(arguments):
         "--train-list and --test-list go together": lists and not (flags.train_list and flags.test_list),
         "--benchmark and your own lists ask for different clips; give one": lists and flags.benchmark,
         "--blob-clips takes two numbers, as 160,40": len(flags.blob_clips) != 2 or 0 in flags.blob_clips,
-        "--episodes needs --benchmark, or --train-list and --test-list": flags.episodes and not (flags.benchmark or lists),
+        "--episodes needs --benchmark, or --train-list and --test-list":
+            flags.episodes and not (flags.benchmark or lists),
         "--root is for --benchmark": flags.root and not flags.benchmark,
-        "blobs are 8 frames of 160 px: no --frames, no --crop": flags.benchmark == "blobs" and (flags.frames or flags.crop),
+        "blobs are 8 frames of 160 px: no --frames, no --crop":
+            flags.benchmark == "blobs" and (flags.frames or flags.crop),
         f"--benchmark {flags.benchmark} needs --root DIR; `python data.py --check DIR` says what belongs in there":
             flags.benchmark not in (None, "blobs") and not flags.root}
     for sentence in [sentence for sentence, holds in wrong.items() if holds]:

@@ -34,7 +34,7 @@ class World(NamedTuple):
 WORLDS = {"default": World(), "slow": World(6.0, (2.0, 2.7, 3.3, 4.0)),
           "faint": World(13.0, (5.0, 6.0, 7.0, 8.0), 150.0, 100.0)}
 
-# Each appearance: the distance to the outline at (x, y), or a lower bound of it, negative inside; the unit is the radius.
+# Each appearance: the distance to the outline at (x, y) or a lower bound, negative inside; the unit is the radius.
 APPEARANCES = {
     "disc": lambda x, y: (x ** 2 + y ** 2).sqrt() - 0.9,
     "ring": lambda x, y: ((x ** 2 + y ** 2).sqrt() - 0.75).abs() - 0.25,
@@ -48,8 +48,8 @@ APPEARANCES = {
 }
 
 
-# What a probe may be asked for, and how many classes that has. Motion is direction and speed together: its classes differ
-# in nothing else, which makes it the fine-grained task.
+# What a probe may be asked for, and how many classes that has. Motion is direction and speed together: its classes
+# differ in nothing else, which makes it the fine-grained task.
 FACTORS = {"direction": 8, "speed": 4, "appearance": 8, "motion": 32}
 
 
@@ -70,8 +70,8 @@ class Shapes:
     def draw(self, items):
         """Factors of items [B] as LongTensors [B] by name, and the starting points [B, 2] in world units."""
         generators = [np.random.default_rng([self.seed, int(item)]) for item in items]
-        rows = [(g.integers(len(DIRECTIONS)), g.integers(len(self.world.speeds)), g.integers(len(APPEARANCES)), *g.uniform(0, SIDE, 2))
-                for g in generators]
+        counts = len(DIRECTIONS), len(self.world.speeds), len(APPEARANCES)
+        rows = [(*(g.integers(count) for count in counts), *g.uniform(0, SIDE, 2)) for g in generators]
         rows = torch.tensor(rows, dtype=torch.float32, device=self.device)  # (B, 5)
         direction, speed, appearance = rows[:, :3].long().unbind(1)
         return {"direction": direction, "speed": speed, "appearance": appearance,
@@ -153,7 +153,8 @@ def write_video(path, clip, fps, codec="libx264"):
 def write_dataset(folder, source, count, fps):
     """Write items 0 to count-1 of a source as mp4 files, and `videos.csv` with a line "path label" for each."""
     folder, lines = Path(folder), []
-    if folder.is_symlink() or os.path.ismount(folder) or folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken or folder.is_symlink() or os.path.ismount(folder):
         raise ValueError(f"{folder} is not a new or empty folder; choose another")
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     # Its own name: a folder that lies beside may be somebody's. Renamed when whole, removed when not.
@@ -268,7 +269,7 @@ def number(least, most=10 ** 9, kind=int):
 
 @command("synthetic.py", smaller="--size or --frames")
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Write synthetic clips as video files, with a list of them, videos.csv.",
+    parser = argparse.ArgumentParser(description="Write synthetic clips as video files, with a list of them.",
                                      allow_abbrev=False)
     parser.add_argument("--write", metavar="DIR", required=True, help="a new or empty folder")
     parser.add_argument("--kind", choices=("shapes", "blobs"), default="shapes")

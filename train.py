@@ -216,9 +216,9 @@ RUN_FILES = ("config.json", "metrics.csv", "unreadable.txt")  # what a run may l
 
 
 def open_run(config, trainer, resume):
-    """Judge the run folder, and let the trainer go on from the checkpoint in it, which is returned; None if there is none.
+    """Judge the run folder, and let the trainer go on from the checkpoint in it, which is returned (or None).
 
-    Raises ValueError, before anything is written, for a folder that holds something else than the beginning of this run.
+    Raises ValueError, before anything is written, for a folder with something else than the beginning of this run.
     """
     folder = Path(config.out)
     # The objective itself goes in beside its name: its coefficients may change between two versions of a file.
@@ -236,8 +236,8 @@ def open_run(config, trainer, resume):
     for name, before in there.items():
         different = [key for key in content if key not in NOT_COMPUTED and before.get(key) != content[key]]
         if different:
-            raise ValueError(f"{folder / name} is " + (f"of a different run ({', '.join(different)} differ)" if before else
-                                                       "missing") + "; choose another --out")
+            what = f"of a different run ({', '.join(different)} differ)" if before else "missing"
+            raise ValueError(f"{folder / name} is {what}; choose another --out")
     if checkpoint:
         trainer.load(checkpoint)
     metrics = kept_metrics(folder / "metrics.csv", checkpoint["step"] if checkpoint else 0, trainer)
@@ -255,12 +255,12 @@ def kept_metrics(path, first_step, trainer):
     """
     header, *lines = path.read_text(errors="replace").splitlines(keepends=True) or [""] if path.exists() else [""]
     steps, every = [line.split(",")[0] for line in lines], trainer.config.log_every
-    kept = [line for line, step in zip(lines, steps) if line.endswith("\n") and step.isdigit() and int(step) < first_step]
+    kept = [line for line, step in zip(lines, steps) if line[-1] == "\n" and step.isdigit() and int(step) < first_step]
     wanted = [str(step) for step in range(first_step) if step % every == 0 or step + 1 == trainer.config.steps]
-    if first_step and header.strip().split(",") != trainer.columns() or [line.split(",")[0] for line in kept] != wanted or \
-            any(line.count(",") != header.count(",") for line in kept):
-        raise ValueError(f"{path} is damaged: it should hold a line every {every} steps up to step {first_step}; put the "
-                         "whole file back, or choose another --out")
+    if (first_step and header.strip().split(",") != trainer.columns() or [line.split(",")[0] for line in kept] != wanted
+            or any(line.count(",") != header.count(",") for line in kept)):
+        raise ValueError(f"{path} is damaged: it should hold a line every {every} steps up to step {first_step}; put "
+                         "the whole file back, or choose another --out")
     return "".join([header, *kept]) if kept else ""
 
 
@@ -364,12 +364,13 @@ class Trainer:
                 "ctx_weight", "effective_rank", "feature_std"]
 
     def row(self, step, losses, h, gradient_norm):
-        """A line of metrics.csv, a dict of numbers; the losses are averaged over ranks, each of which has to call it."""
+        """A line of metrics.csv, a dict of numbers. Losses are averaged over ranks, each of which has to call this."""
         means = mean_over_ranks(torch.stack(list(losses.values()))).tolist()
         rank, deviation = collapse_meter(h[..., -self.model.encoder.video.shape[-1]:])
         ctx = coefficients(self.objective, step, self.config.steps, self.config.ctx_weight)["ctx"]
-        return dict(zip(self.columns(), [step, *means, gradient_norm.item(), learning_rate(self.config, step),
-                                         self.config.ema if self.objective.ema else "", ctx, rank.item(), deviation.item()]))
+        ema = self.config.ema if self.objective.ema else ""
+        return dict(zip(self.columns(), [step, *means, gradient_norm.item(), learning_rate(self.config, step), ema, ctx,
+                                         rank.item(), deviation.item()]))
 
     def save(self, folder, step):
         """Write all that a later process needs to go on with `step` as its first step."""
@@ -391,8 +392,8 @@ class Trainer:
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
             fits = False
         if not fits:
-            raise ValueError(f"{self.config.out}/last.pt does not fit this run of {self.config.steps} steps: it is damaged, "
-                             "or was written by another version")
+            raise ValueError(f"{self.config.out}/last.pt does not fit this run of {self.config.steps} steps: it is "
+                             "damaged, or was written by another version")
 
 
 class StopSignal:
@@ -513,7 +514,7 @@ def finish(trainer, folder):
                     "trained": getattr(trainer.model, trainer.evaluated)}
         with torch.compiler.set_stance("force_eager"):  # blocks would be compiled again for the probes' shapes
             for name, encoder in encoders.items():
-                found[name] = probe.probe_shapes(encoder, asdict(config), config.probe_clips, about=f"the {name} encoder")
+                found[name] = probe.probe_shapes(encoder, asdict(config), config.probe_clips, about=f"{name} encoder")
         probe.show_shapes(found, config.probe_clips)
         if config.data or config.root:
             print("These clips are generated, not yours; probe.py reads yours.")
@@ -547,8 +548,8 @@ def parse(arguments):
     needs_root = config.preset in ("mixed", "ucf101") and not config.data
     wrong = {
         "--root is for --preset mixed or ucf101, without --data": config.root and not needs_root,
-        f"--preset {config.preset} needs --root DIR, the folder that holds the study's datasets, or --data with your own "
-        "videos; `python data.py --check DIR` says what a folder lacks": needs_root and not config.root,
+        f"--preset {config.preset} needs --root DIR, the folder that holds the study's datasets, or --data with your "
+        "own videos; `python data.py --check DIR` says what a folder lacks": needs_root and not config.root,
         f"--probe-clips {config.probe_clips} are too few; give at least {probe.FEWEST_CLIPS}, or 0 for no table":
             0 < config.probe_clips < probe.FEWEST_CLIPS,
         f"{config.frames} frames in tubelets of {config.tubelet} give fewer than 2 time steps; raise --frames":

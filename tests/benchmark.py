@@ -176,7 +176,8 @@ def show_graphs(config, flags):
             found, _, _ = ours.step(step, [micro_batch])
             if step == 0:
                 torch.testing.assert_close(found, plain.step(0, [micro_batch])[0], rtol=1e-4, atol=1e-5)
-            warm = COUNTERS["stats"]["unique_graphs"] if step < WARM_UP else warm
+            if step < WARM_UP:
+                warm = COUNTERS["stats"]["unique_graphs"]
         graphs, breaks = COUNTERS["stats"]["unique_graphs"], COUNTERS["graph_break"].total()
         print(f"| {name} | {len({*map(tuple, counts)})} | {graphs} | {breaks} | {graphs - warm} |", flush=True)
 

@@ -75,7 +75,8 @@ def clip_pictures(frozen, untrained, clips):
     motion = motion_map(data.normalise(clips), grid) if frozen.masking.motion_strength else None
     masks = sample_masks(len(clips), grid, frozen.masking, torch.Generator().manual_seed(0), motion)
     tinted = [[tint_masked(*each, grid, patch) for each in zip(frames, visible)] for visible, _ in masks]
-    tokens = [torch.cat([last_level(each.encoder, clip.unsqueeze(0)) for clip in clips]) for each in (frozen, untrained)]
+    tokens = [torch.cat([last_level(each.encoder, clip.unsqueeze(0)) for clip in clips])
+              for each in (frozen, untrained)]
     colours = [enlarge(principal_colours(each).unflatten(1, grid).movedim(-1, 2), patch) for each in tokens]
     for name, rows in (("masks", zip(frames, *tinted)), ("features", zip(frames, *colours))):
         pictures = torch.cat([row for rows_of_clip in rows for row in rows_of_clip])  # (rows * t, 3, H, W)
@@ -85,7 +86,7 @@ def clip_pictures(frozen, untrained, clips):
 
 
 def discriminant_axes(x, labels):
-    """The two axes [D, 2] along which classes of x [n, D], of mean 0, lie furthest apart for the spread in them (Fisher)."""
+    """The two axes [D, 2] along which classes of x [n, D], mean 0, lie furthest apart for their spread (Fisher)."""
     means = torch.stack([x[labels == label].mean(0) for label in range(int(labels.max()) + 1)])  # (classes, D)
     within = (x - means[labels]).T @ (x - means[labels]) / len(x)
     within += 1e-3 * within.diagonal().mean() * torch.eye(len(within), dtype=within.dtype)
@@ -103,8 +104,9 @@ def plot(panels, path, connected=False):
         (left_value, right_value), (low, high) = ([bound(map(bound, values)) for bound in (min, max)]
                                                   for values in zip(*series.values()))
         draw.rectangle((left, edge, left + side, edge + side), outline="black")
-        for x, y, text in ((left, edge - 24, title), (left, edge + side + 6, f"{left_value:.3g}"), (left - 46, edge, f"{high:.3g}"),
-                           (left + side - 30, edge + side + 6, f"{right_value:.3g}"), (left - 46, edge + side - 10, f"{low:.3g}")):
+        for x, y, text in ((left, edge - 24, title), (left, edge + side + 6, f"{left_value:.3g}"),
+                           (left - 46, edge, f"{high:.3g}"), (left + side - 30, edge + side + 6, f"{right_value:.3g}"),
+                           (left - 46, edge + side - 10, f"{low:.3g}")):
             draw.text((x, y), text, "black")
         for j, (name, values) in enumerate(series.items()):
             colour = COLOURS[j % len(COLOURS)]

@@ -42,7 +42,8 @@ def commands_of(text):
     """The shell lines of a Markdown text: indented ones that call python or torchrun or set a variable, then what
     stands in backticks and begins with one of these two."""
     lines = re.findall(r"^    (.*\bpython .*|.*\btorchrun .*|\w+=.*)$", text, re.M)
-    return lines + [line for line in re.findall(r"`((?:python|torchrun) [^`]+)`", text) if "<" not in line and "mine.py" not in line]
+    inline = re.findall(r"`((?:python|torchrun) [^`]+)`", text)
+    return lines + [line for line in inline if "<" not in line and "mine.py" not in line]
 
 
 def noted(lines, folder):

@@ -2,11 +2,11 @@
 
     python tests/study.py --objective all --seeds 0,1,2 --out runs/study    a sweep; the same command goes on if cut
     python tests/study.py --with mine.py --objective mine                   with objectives of your own, 3 seeds
-    python tests/study.py --table runs/study/results.jsonl                  what the runs found, and differences to a run
+    python tests/study.py --table runs/study/results.jsonl                  what the runs found, differences from one
     python tests/study.py --answer tests/results/study.jsonl                the primary question, and the trade-off
     python tests/study.py --agree A.jsonl B.jsonl                           do two sweeps show the same?
     python tests/study.py --compare A.json B.json                           two results-*.json of probe.py, draw by draw
-    python tests/study.py --compare A0.json A1.json B0.json B1.json         several runs of A, then as many of B, run by run
+    python tests/study.py --compare A0.json A1.json B0.json B1.json         runs of A, then as many of B, run by run
     python tests/study.py --gradients                                       which loss trains which network
 
 A sweep takes every flag of train.py but --seed and --resume. Each of its runs is a process of its own with one thread
@@ -67,7 +67,8 @@ def one_run(flags, shots):
     found = probe.probe_shapes(encoder, asdict(config), count, shots=shots) if count else {}
     numbers = {f"{kind} {factor}": value for kind, values in found.items() for factor, value in values.items()}
     write_json(folder / "study.json", {
-        "name": folder.name.rpartition("-seed")[0], "seed": config.seed, "flags": flags_of(config, asdict(train.Config())),
+        "name": folder.name.rpartition("-seed")[0], "seed": config.seed,
+        "flags": flags_of(config, asdict(train.Config())),
         "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
                                  ).stdout.strip(),
         "machine": machine(), "numbers": numbers | logged})
@@ -77,9 +78,9 @@ def one_run(flags, shots):
 def machine():
     """The processor, its vector instructions, threads and torch, which is all that rounding depends on."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), sys.platform)
-    return f"{model}, {'AVX-512' if 'avx512f' in info else 'no AVX-512'}, {torch.get_num_threads()} threads, torch " \
-           f"{torch.__version__}"
+    names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    vectors = "AVX-512" if "avx512f" in info else "no AVX-512"
+    return f"{[*names, sys.platform][0]}, {vectors}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def flags_of(config, defaults):
@@ -96,7 +97,8 @@ def logged_numbers(path):
     for name in ("pred", "hard_share"):
         if name in lines[0]:
             values = [float(line[name]) for line in lines]
-            found |= {f"{name}, first": values[0], f"{name}, mean": statistics.mean(values), f"{name}, last": values[-1]}
+            found |= {f"{name}, first": values[0], f"{name}, mean": statistics.mean(values),
+                      f"{name}, last": values[-1]}
     return found
 
 
@@ -145,8 +147,9 @@ def sweep(names, seeds, out, train_flags, own, shots, jobs):
             for process in running.values():
                 process.wait()
     print(*failed, sep="\n", end="\n" * bool(failed), file=sys.stderr)
-    print("stopped; the same command goes on from there" if stop.received else f"{len(runs) - len(failed)} of {len(runs)} "
-          f"runs finished; `python tests/study.py --table {out}/results.jsonl` shows them")
+    print("stopped; the same command goes on from there" if stop.received else
+          f"{len(runs) - len(failed)} of {len(runs)} runs finished; "
+          f"`python tests/study.py --table {out}/results.jsonl` shows them")
     return 128 + stop.received if stop.received else int(bool(failed))
 
 
@@ -175,7 +178,8 @@ def interval(values):
     """Half the width of the 95 % confidence interval of the mean of values [n], n >= 2, by Student's t."""
     freedom = len(values) - 1
     angle, share = t_distribution(freedom)
-    return math.sqrt(freedom) * math.tan(np.interp(0.95, share, angle)) * np.std(values, ddof=1) / math.sqrt(len(values))
+    t = math.sqrt(freedom) * math.tan(np.interp(0.95, share, angle))
+    return t * np.std(values, ddof=1) / math.sqrt(len(values))
 
 
 def p_value(values):
@@ -212,7 +216,8 @@ def rank_correlation(first, second):
 def bootstrap(first, second, draws=10_000, seed=0):
     """The 95 % interval of `rank_correlation`, from drawing the n pairs anew with replacement."""
     picked = np.random.default_rng(seed).integers(len(first), size=(draws, len(first)))
-    return np.nanquantile(rank_correlation(np.asarray(first)[picked], np.asarray(second)[picked]), [0.025, 0.975]).tolist()
+    found = rank_correlation(np.asarray(first)[picked], np.asarray(second)[picked])
+    return np.nanquantile(found, [0.025, 0.975]).tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
@@ -224,7 +229,7 @@ KINEMATIC = [name for name in objectives.OBJECTIVES if name.startswith("kinemati
 
 
 def read_results(*paths):
-    """Lines of results as {name: {seed: numbers}}, lists of draws as their means; objectives in their order, then others.
+    """Lines of results as {name: {seed: numbers}}, lists of draws as their means; objectives in order, then others.
 
     Raises ValueError where there is none, where runs of one name differ in settings, or a line is damaged.
     """
@@ -285,7 +290,8 @@ def marks(rows, base, columns, least=4):
     found = set()
     for column in columns:
         values = {name: differences(runs, base, column) for name, runs in rows.items()}
-        found |= {(name, column) for name in holm({name: p_value(each) for name, each in values.items() if len(each) >= least})}
+        p_values = {name: p_value(each) for name, each in values.items() if len(each) >= least}
+        found |= {(name, column) for name in holm(p_values)}
     return found
 
 
@@ -303,9 +309,9 @@ def tables(paths, reference, only):
     """Print the table of means, and the table of differences to a reference run."""
     table = read_results(*paths)
     shown = {name: runs for name, runs in table.items() if not only or name in only}
-    print("Top-1 %, mean ± standard deviation over training seeds; chance is 12.5 for direction and appearance, 3.1 for "
-          "motion, 25 for speed.\n5 labels: per class, attentive head, mean of 5 draws. linear: linear head on all labels. "
-          "†: features have collapsed in every seed, so probes mean nothing.\n")
+    print("Top-1 %, mean ± standard deviation over training seeds; chance is 12.5 for direction and appearance, 3.1 "
+          "for motion, 25 for speed.\n5 labels: per class, attentive head, mean of 5 draws. linear: linear head on all "
+          "labels. †: features have collapsed in every seed, so probes mean nothing.\n")
     columns = [*COLUMNS, "effective_rank"]
     markdown([*(COLUMNS.get(column, column) for column in columns), "feature_std", "seeds"], {
         name_cell(name, runs): [*(mean_cell(runs, column) for column in columns), mean_cell(runs, "feature_std", 3),
@@ -316,10 +322,10 @@ def tables(paths, reference, only):
         if name not in (reference, "untrained"):
             families["objective" if name in objectives.OBJECTIVES else "other form"][name] = runs
     stands = set().union(*(marks(rows, base, COLUMNS) for rows in families.values()))
-    print(f"\nDifference from {reference} in points, paired by seed, with 95 % intervals (Student's t, not corrected). In "
-          "brackets: not significant (the interval includes 0).\n*: stands after Holm's correction within its column, over "
-          f"{len(families['objective'])} objectives, or {len(families['other form'])} other forms; rows of three seeds carry "
-          f"no mark. {len(COLUMNS) * sum(map(len, families.values()))} comparisons.\n")
+    print(f"\nDifference from {reference} in points, paired by seed, with 95 % intervals (Student's t, not corrected). "
+          "In brackets: not significant (the interval includes 0).\n*: stands after Holm's correction within its column "
+          f"over {len(families['objective'])} objectives, or {len(families['other form'])} other forms; rows of three "
+          f"seeds carry no mark. {len(COLUMNS) * sum(map(len, families.values()))} comparisons.\n")
     markdown(COLUMNS.values(), {name_cell(name, runs): [
         difference_cell(differences(runs, base, column), (name, column) in stands) for column in COLUMNS]
         for name, runs in shown.items() if name != reference})
@@ -336,18 +342,19 @@ def answer(paths):
                for column in ("5 motion", "5 appearance")}
     p_values = {key: p_value(values) for key, values in primary.items()}
     stands = holm(p_values)
-    print("Difference from baseline in points at 5 labels per class, 95 % interval (not corrected), p; four comparisons, "
-          "Holm over them\n")
+    print("Difference from baseline in points at 5 labels per class, 95 % interval (not corrected), p; four "
+          "comparisons, Holm over them\n")
     for (name, column), values in primary.items():
-        print(f"{name}, {column.split()[1]}: {np.mean(values):+.1f} ± {interval(values):.1f}, p = "
-              f"{p_values[name, column]:.2g}, {len(values)} seeds: {'stands' if (name, column) in stands else 'does not stand'}")
+        verdict = "stands" if (name, column) in stands else "does not stand"
+        print(f"{name}, {column.split()[1]}: {np.mean(values):+.1f} ± {interval(values):.1f}, "
+              f"p = {p_values[name, column]:.2g}, {len(values)} seeds: {verdict}")
     rows = {name: runs for name, runs in table.items() if name in objectives.OBJECTIVES and name != "baseline"}
     changes = {name: [np.mean(differences(runs, base, column)) for column in ("5 motion", "5 appearance")]
                for name, runs in rows.items()}
     together = [changes.pop(name) for name in KINEMATIC if name in changes]
     changes |= {"kinematic": np.mean(together, axis=0)} if together else {}
-    print("\nRank correlation over objectives of the change in motion with the change in appearance, the kinematic ones "
-          "counted once; 95 % interval by bootstrap over objectives")
+    print("\nRank correlation over objectives of the change in motion with the change in appearance, the kinematic "
+          "ones counted once; 95 % interval by bootstrap over objectives")
     for about, chosen in (("all", list(changes)), ("living", [name for name in changes if not all(
             map(is_dead, rows[name].values()))])):
         pairs = np.array([changes[name] for name in chosen]).T
@@ -366,8 +373,8 @@ def agree(first, second):
     keys = [key for key in found[0] if len(found[0][key]) > 1 and len(found[1].get(key, ())) > 1]
     a, b = ({key: (np.mean(each[key]), interval(each[key])) for key in keys} for each in found)
     shown = [key for key in keys if abs(a[key][0]) > a[key][1]]
-    print(f"{len(shown)} of {len(keys)} differences from the baseline are significant in {first} (95 %, not corrected): "
-          f"{sum(a[key][0] * b[key][0] > 0 for key in shown)} have the same sign in {second}, and "
+    print(f"{len(shown)} of {len(keys)} differences from the baseline are significant in {first} (95 %, not corrected):"
+          f" {sum(a[key][0] * b[key][0] > 0 for key in shown)} have the same sign in {second}, and "
           f"{sum(abs(b[key][0]) > b[key][1] for key in shown)} are significant there, too")
 
 
@@ -391,7 +398,8 @@ def compare(paths):
         raise ValueError(f"{' and '.join(paths)} have no measurement in common")
     halves = paths[:len(paths) // 2], paths[len(paths) // 2:]
     print(*(f"A = {a}\nB = {b}" for a, b in zip(*halves)), sep="\n")
-    print(f"B - A in points of top-1, paired {'draw by draw' if len(paths) == 2 else 'run by run'}, with 95 % intervals")
+    paired = "draw by draw" if len(paths) == 2 else "run by run"
+    print(f"B - A in points of top-1, paired {paired}, with 95 % intervals")
     for name in names:
         odd = [key for key, value in found[paths[0]][name]["how"].items()
                if any(found[path][name]["how"].get(key) != value for path in paths)]
@@ -408,7 +416,7 @@ def compare(paths):
 
 
 def gradient_reach(objective, size=Size(24, 4, 2, predictor_width=16, predictor_depth=1, predictor_heads=2)):
-    """Which losses of an objective, taken alone, reach which networks: {"encoder": [names], "predictor", "heads", "target"}."""
+    """Which losses of an objective, taken alone, reach which networks: {"encoder": [names], ...}."""
     torch.manual_seed(0)
     model, grid = train.JEPA(objective, size, patch=4, tubelet=2), (4, 4, 4)
     clips = torch.randint(256, (4, 3, 8, 16, 16), dtype=torch.uint8)

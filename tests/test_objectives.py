@@ -18,8 +18,8 @@ from torch import nn
 
 from model import take
 from objectives import (HEADS, OBJECTIVES, TERMS, MaskKind, Masking, MaskOutputs, Outputs, Term, coefficients,
-                        context_loss, distance_to_masked, draw_block_size, epps_pulley, hard_share, losses, make_heads, middle_pixels,
-                        motion_map, place_blocks, prediction_loss, released_form, sample_masks, without)
+                        context_loss, distance_to_masked, draw_block_size, epps_pulley, hard_share, losses, make_heads,
+                        middle_pixels, motion_map, place_blocks, prediction_loss, released_form, sample_masks, without)
 
 LEVEL_WIDTH = 3  # D
 CHANNELS = 4 * LEVEL_WIDTH
@@ -73,8 +73,8 @@ def make_outputs(grid, batch, pairs_in=(True, True), seed=0):
             visible = visible_without_pairs(grid, batch, choice)
         masked = [[token for token in range(count) if token not in clip][:-1] for clip in visible]
         n, k = len(visible[0]), len(masked[0])
-        masks.append(MaskOutputs(torch.tensor(visible), torch.tensor(masked), features(batch, n, CHANNELS).requires_grad_(),
-                          features(batch, k, CHANNELS).requires_grad_(), features(batch, n, CHANNELS).requires_grad_()))
+        made = (features(batch, count, CHANNELS).requires_grad_() for count in (n, k, n))
+        masks.append(MaskOutputs(torch.tensor(visible), torch.tensor(masked), *made))
     t, h, w = grid
     clips = features(batch, 3, t * FRAMES_PER_STEP, h * PIXEL_ROWS, w * PIXEL_COLUMNS)
     return Outputs(clips, grid, features(batch, count, CHANNELS).requires_grad_(), masks)

@@ -61,12 +61,14 @@ def test_motion_is_direction_and_speed_together():
 @pytest.mark.parametrize("name", WORLDS)
 def test_worlds_differ_in_what_moves_and_in_nothing_else(name):
     world, source, default = WORLDS[name], Shapes(8, 32, 0, world=name), Shapes(8, 32, 0)
-    assert all(torch.equal(labels, default.factors(range(50))[factor]) for factor, labels in source.factors(range(50)).items())
+    usual = default.factors(range(50))
+    assert all(torch.equal(labels, usual[factor]) for factor, labels in source.factors(range(50)).items())
     clips = source.clips(range(50))
     assert {clips.min().item(), clips.max().item()} == {world.ground, world.shape}
     inside = (clips.float() - world.ground).mean() / (world.shape - world.ground) * SIDE ** 2  # in square world units
     areas = (default.clips(range(50)).float() / 255).mean() * SIDE ** 2
-    assert inside.item() == pytest.approx(areas.item() * (world.radius / 10) ** 2, rel=0.12)  # large ones overlap themselves
+    expected = areas.item() * (world.radius / 10) ** 2  # large ones overlap themselves
+    assert inside.item() == pytest.approx(expected, rel=0.12)
 
 
 @pytest.mark.parametrize("frame", [0, 3, 7])
@@ -146,10 +148,10 @@ def test_blobs_are_the_studys_own_clips():
         clip, label = Blobs().video(item)
         assert label == item % 8 and clip.shape == (3, 32, 160, 160) and clip.dtype == torch.uint8
         assert (clip.permute(1, 2, 3, 0).numpy() == naive_blob(42 + item, moves[item % 8])).all()
-    first = Blobs().video(0)[0]  # on record: background 42 11 67 and noise 23; disc 234 207 250 at x 29, y 22, radius 17
+    first = Blobs().video(0)[0]  # on record: background 42 11 67, noise 23; disc 234 207 250 at x 29, y 22, radius 17
     assert first[:, 0, 0, 0].tolist() == [42 + 23, 11 + 23, 67 + 23] and first[0, 0, 0, :3].tolist() == [65, 61, 55]
-    assert first[:, 0, 22, 29].tolist() == [234, 207, 250] and (first[0, 0, 22] == 234).nonzero().flatten().tolist() == [
-        *range(12, 47)]
+    assert first[:, 0, 22, 29].tolist() == [234, 207, 250]
+    assert (first[0, 0, 22] == 234).nonzero().flatten().tolist() == [*range(12, 47)]
 
 
 def test_training_blobs_begin_as_evaluation_blobs_do_and_move_on_their_own():
@@ -278,9 +280,10 @@ def test_a_lock_keeps_others_out_until_its_process_ends(tmp_path, exit_status):
     (OSError(errno.ENOSPC, "No space left on device", "last.pt"), "last.pt: No space left on device", 1),
     (MemoryError(), "there is too little memory; give a smaller --batch", 1),
     (torch.OutOfMemoryError("CUDA out of memory."), "there is too little memory; give a smaller --batch", 1),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), "too little memory", 1),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "too little memory", 1),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "a loader process was killed", 1),
-    (ValueError("Caught ValueError in DataLoader worker process 0.\nTraceback\nValueError: line 3 is odd"), "line 3 is odd", 1),
+    (ValueError("Caught ValueError in DataLoader worker process 0.\nTraceback\nValueError: line 3 is odd"),
+     "line 3 is odd", 1),
     (KeyboardInterrupt(), "stopped", 130)])
 def test_what_a_user_can_put_right_is_one_sentence(capsys, error, sentence, status):
     @synthetic.command("it.py", smaller="--batch")

@@ -650,7 +650,7 @@ def test_a_run_ends_with_a_table_of_what_result_json_holds(finished, monkeypatch
     output, found = finished[0], json.loads((finished[1] / "run" / "result.json").read_text())
     assert "\r" not in output and output.startswith("step 1 of 2: pred=") and f"run folder: {finished[1]}/run" in output
     heading, kinds, columns, *table = output[output.index("Top-1"):].splitlines()[:6]
-    assert heading == "Top-1 % on 64 held-out moving shapes (generated), one training seed; ± over 5 draws"
+    assert heading == "Top-1 % on 64 generated clips, held out; one training seed; ± over 5 draws"
     assert kinds.split("  ", 6)[-1].strip().startswith("5 labels per class, attentive head")
     assert kinds.endswith("all 192 labels, linear head")
     few, linear = columns.split()[:3], columns.split()[3:]
