@@ -64,8 +64,11 @@ def one_run(flags, shots):
         checkpoint = probe.load_checkpoint(folder / "last.pt")
         encoder = probe.make_encoder(asdict(config), checkpoint[checkpoint["evaluated"]])
         logged = logged_numbers(folder / "metrics.csv")
-    found = probe.probe_shapes(encoder, asdict(config), count, shots=shots) if count else {}
-    numbers = {f"{kind} {factor}": value for kind, values in found.items() for factor, value in values.items()}
+    if config.preset == "blobs":
+        numbers = probe_blobs(encoder, asdict(config), shots, folder)
+    else:
+        found = probe.probe_shapes(encoder, asdict(config), count, shots=shots) if count else {}
+        numbers = {f"{kind} {factor}": value for kind, values in found.items() for factor, value in values.items()}
     write_json(folder / "study.json", {
         "name": folder.name.rpartition("-seed")[0], "seed": config.seed,
         "flags": flags_of(config, asdict(train.Config())),
@@ -73,6 +76,16 @@ def one_run(flags, shots):
                                  ).stdout.strip(),
         "machine": machine(), "numbers": numbers | logged})
     return 0
+
+
+def probe_blobs(encoder, config, shots, folder):
+    """Few labels of the study's blobs, 800 clips to learn from and 400 to be tested on that no run trains on."""
+    flags = probe.parse(["--untrained=tiny", "--benchmark=blobs", "--blob-clips=800,400", "--workers=0",
+                         f"--shots={','.join(map(str, shots))}"])
+    name, *sources = probe.open_sources(flags, 8, 160)
+    probe.evaluate(probe.Frozen(encoder, config, objectives.Masking(), "the encoder", folder), name, sources, flags)
+    found = read_json(folder / "results-blobs-800-400.json")["measurements"]
+    return {f"{k} direction": found[f"{k} labels, attentive head"]["values"] for k in shots}
 
 
 def machine():
@@ -222,8 +235,8 @@ def bootstrap(first, second, draws=10_000, seed=0):
 
 # ----------------------------------------------------------------------------------------------------------- tables
 
-FEW = {f"5 {factor}": f"{factor}, 5 labels" for factor in probe.FEW_FACTORS}
-COLUMNS = FEW | {f"linear {factor}": f"{factor}, linear" for factor in probe.LINEAR_FACTORS}
+COLUMNS = {f"{k} {factor}": f"{factor}, {k} labels" for k in (1, 5, 20) for factor in probe.FEW_FACTORS}
+COLUMNS |= {f"linear {factor}": f"{factor}, linear" for factor in probe.LINEAR_FACTORS}
 LOGGED = ("pred, first", "pred, last", "hard_share, first", "hard_share, mean", "hard_share, last")
 KINEMATIC = [name for name in objectives.OBJECTIVES if name.startswith("kinematic")]
 
@@ -231,6 +244,7 @@ KINEMATIC = [name for name in objectives.OBJECTIVES if name.startswith("kinemati
 def read_results(*paths):
     """Lines of results as {name: {seed: numbers}}, lists of draws as their means; objectives in order, then others.
 
+    Names leave out the world of moving shapes, which is the same for all runs of a file.
     Raises ValueError where there is none, where runs of one name differ in settings, or a line is damaged.
     """
     table, settings = {}, {}
@@ -239,7 +253,8 @@ def read_results(*paths):
             try:
                 line = json.loads(text)
                 numbers = {name: float(np.mean(value)) for name, value in line["numbers"].items()}
-                name, seed, flags = line["name"], line["seed"], line["flags"]
+                seed, flags = line["seed"], line["flags"]
+                name = line["name"].replace(f"-{flags.get('world')}", "")
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise ValueError(f"line {i} of {path} is not a line of results") from None
             if settings.setdefault(name, flags) != flags:
@@ -310,10 +325,12 @@ def tables(paths, reference, only):
     table = read_results(*paths)
     shown = {name: runs for name, runs in table.items() if not only or name in only}
     print("Top-1 %, mean ± standard deviation over training seeds; chance is 12.5 for direction and appearance, 3.1 "
-          "for motion, 25 for speed.\n5 labels: per class, attentive head, mean of 5 draws. linear: linear head on all "
+          "for motion, 25 for speed.\nn labels: per class, attentive head, mean of 5 draws. linear: linear head on all "
           "labels. †: features have collapsed in every seed, so probes mean nothing.\n")
-    columns = [*COLUMNS, "effective_rank"]
-    markdown([*(COLUMNS.get(column, column) for column in columns), "feature_std", "seeds"], {
+    measured = {column: about for column, about in COLUMNS.items()
+                if any(column in numbers for runs in table.values() for numbers in runs.values())}
+    columns = [*measured, "effective_rank"]
+    markdown([*(measured.get(column, column) for column in columns), "feature_std", "seeds"], {
         name_cell(name, runs): [*(mean_cell(runs, column) for column in columns), mean_cell(runs, "feature_std", 3),
                                 str(len(runs))] for name, runs in shown.items()})
     base, = runs_of(table, reference)
@@ -321,13 +338,13 @@ def tables(paths, reference, only):
     for name, runs in table.items():
         if name not in (reference, "untrained"):
             families["objective" if name in objectives.OBJECTIVES else "other form"][name] = runs
-    stands = set().union(*(marks(rows, base, COLUMNS) for rows in families.values()))
+    stands = set().union(*(marks(rows, base, measured) for rows in families.values()))
     print(f"\nDifference from {reference} in points, paired by seed, with 95 % intervals (Student's t, not corrected). "
           "In brackets: not significant (the interval includes 0).\n*: stands after Holm's correction within its column "
           f"over {len(families['objective'])} objectives, or {len(families['other form'])} other forms; rows of three "
-          f"seeds carry no mark. {len(COLUMNS) * sum(map(len, families.values()))} comparisons.\n")
-    markdown(COLUMNS.values(), {name_cell(name, runs): [
-        difference_cell(differences(runs, base, column), (name, column) in stands) for column in COLUMNS]
+          f"seeds carry no mark. {len(measured) * sum(map(len, families.values()))} comparisons.\n")
+    markdown(measured.values(), {name_cell(name, runs): [
+        difference_cell(differences(runs, base, column), (name, column) in stands) for column in measured]
         for name, runs in shown.items() if name != reference})
     print("\nLogged while training, mean ± standard deviation over seeds\n")
     markdown(LOGGED, {name: [mean_cell(runs, column, 3) for column in LOGGED] for name, runs in shown.items()
