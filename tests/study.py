@@ -78,13 +78,16 @@ def one_run(flags, shots):
     return 0
 
 
+BLOB_CLIPS = "800,400"  # to learn from, and to be tested on: other clips than those of any run
+
+
 def probe_blobs(encoder, config, shots, folder):
-    """Few labels of the study's blobs, 800 clips to learn from and 400 to be tested on that no run trains on."""
-    flags = probe.parse(["--untrained=tiny", "--benchmark=blobs", "--blob-clips=800,400", "--workers=0",
+    """Few labels of the study's blobs: {"5 direction": top-1 % of each draw, ...}."""
+    flags = probe.parse(["--untrained=tiny", "--benchmark=blobs", "--blob-clips", BLOB_CLIPS, "--workers=0",
                          f"--shots={','.join(map(str, shots))}"])
     name, *sources = probe.open_sources(flags, 8, 160)
     probe.evaluate(probe.Frozen(encoder, config, objectives.Masking(), "the encoder", folder), name, sources, flags)
-    found = read_json(folder / "results-blobs-800-400.json")["measurements"]
+    found = read_json(folder / f"results-blobs-{BLOB_CLIPS.replace(',', '-')}.json")["measurements"]
     return {f"{k} direction": found[f"{k} labels, attentive head"]["values"] for k in shots}
 
 
