@@ -240,39 +240,22 @@ def open_run(config, trainer, resume):
             raise ValueError(f"{folder / name} is {what}; choose another --out")
     if checkpoint:
         trainer.load(checkpoint)
-    metrics = kept_metrics(folder / "metrics.csv", checkpoint["step"] if checkpoint else 0, trainer)
     for path in left if checkpoint else [*left, folder / "unreadable.txt"]:
         path.unlink(missing_ok=True)
     write_json(folder / "config.json", content)
-    write_file(folder / "metrics.csv", metrics.encode())
+    write_file(folder / "metrics.csv", trainer.metrics.encode())  # up to the checkpoint: the rest is computed again
     return checkpoint
 
 
-def kept_metrics(path, first_step, trainer):
-    """The lines of metrics.csv before first_step; those after it, and half ones, are about to be computed again.
-
-    Raises ValueError where one is missing or damaged.
-    """
-    header, *lines = path.read_text(errors="replace").splitlines(keepends=True) or [""] if path.exists() else [""]
-    steps, every = [line.split(",")[0] for line in lines], trainer.config.log_every
-    kept = [line for line, step in zip(lines, steps) if line[-1] == "\n" and step.isdigit() and int(step) < first_step]
-    wanted = [str(step) for step in range(first_step) if step % every == 0 or step + 1 == trainer.config.steps]
-    if (first_step and header.strip().split(",") != trainer.columns() or [line.split(",")[0] for line in kept] != wanted
-            or any(line.count(",") != header.count(",") for line in kept)):
-        raise ValueError(f"{path} is damaged: it should hold a line every {every} steps up to step {first_step}; put "
-                         "the whole file back, or choose another --out")
-    return "".join([header, *kept]) if kept else ""
-
-
-def report(folder, row, bar, config):
-    """A line of metrics.csv from a dict of numbers, which is shown too: beside the bar, or as a line of its own.
+def report(trainer, row, bar):
+    """Add a line to metrics.csv, a dict of numbers, and show it: beside the bar, or as a line of its own.
 
     There are no times in the file, so on a CPU a resumed run writes the same one. Raises ValueError where too many
     clips could not be read.
     """
-    metrics, broken = folder / "metrics.csv", folder / "unreadable.txt"
-    before, line = metrics.read_bytes(), ",".join(map(str, row.values()))
-    write_file(metrics, (before or f"{','.join(row)}\n".encode()) + f"{line}\n".encode())
+    config, broken = trainer.config, Path(trainer.config.out) / "unreadable.txt"
+    trainer.metrics = (trainer.metrics or ",".join(row) + "\n") + ",".join(map(str, row.values())) + "\n"
+    write_file(broken.with_name("metrics.csv"), trainer.metrics.encode())
     # Workers are ahead of this step, and after a resume they meet the same files again.
     noted = {*broken.read_bytes().splitlines()} if broken.exists() else {}
     failed, drawn = sum(int(line.split(b"\t")[0]) <= row["step"] for line in noted), (row["step"] + 1) * config.batch
@@ -309,6 +292,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.update_target = get_ema_multi_avg_fn(config.ema)
+        self.metrics = ""  # what metrics.csv holds: a checkpoint keeps it, so that no damage to that file matters
         self.healthy = torch.ones((), dtype=torch.bool, device=device)  # read seldom: reading waits for the device
         self.autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
         # Flash attention then: cuDNN's would make a new plan for every token count, and counts change at every step.
@@ -357,26 +341,20 @@ class Trainer:
         self.healthy &= losses["total"].isfinite() & gradient_norm.isfinite()
         return losses, h, gradient_norm
 
-    def columns(self):
-        """The names of a line of metrics.csv, in order."""
-        terms = self.objective.terms
-        return ["step", "pred", "ctx", *terms, "total", *["hard_share"] * ("hw" in terms), "grad_norm", "lr", "ema",
-                "ctx_weight", "effective_rank", "feature_std"]
-
     def row(self, step, losses, h, gradient_norm):
         """A line of metrics.csv, a dict of numbers. Losses are averaged over ranks, each of which has to call this."""
-        means = mean_over_ranks(torch.stack(list(losses.values()))).tolist()
+        means = dict(zip(losses, mean_over_ranks(torch.stack(list(losses.values()))).tolist()))
         rank, deviation = collapse_meter(h[..., -self.model.encoder.video.shape[-1]:])
         ctx = coefficients(self.objective, step, self.config.steps, self.config.ctx_weight)["ctx"]
-        ema = self.config.ema if self.objective.ema else ""
-        return dict(zip(self.columns(), [step, *means, gradient_norm.item(), learning_rate(self.config, step), ema, ctx,
-                                         rank.item(), deviation.item()]))
+        return {"step": step, **means, "grad_norm": gradient_norm.item(), "lr": learning_rate(self.config, step),
+                "ema": self.config.ema if self.objective.ema else "", "ctx_weight": ctx, "effective_rank": rank.item(),
+                "feature_std": deviation.item()}
 
     def save(self, folder, step):
         """Write all that a later process needs to go on with `step` as its first step."""
         buffer = io.BytesIO()
         torch.save({"config": asdict(self.config), "definition": asdict(self.objective), "step": step,
-                    "evaluated": self.evaluated, "optimizer": self.optimizer.state_dict(),
+                    "metrics": self.metrics, "evaluated": self.evaluated, "optimizer": self.optimizer.state_dict(),
                     **{part: getattr(self.model, part).state_dict() for part in self.PARTS}}, buffer)
         write_file(folder / "last.pt", buffer.getvalue())
 
@@ -386,8 +364,9 @@ class Trainer:
             for part in self.PARTS:
                 getattr(self.model, part).load_state_dict(checkpoint[part])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.metrics = checkpoint["metrics"]
             learning = [*self.model.encoder.parameters(), *self.model.predictor.parameters()]  # a head may be detached
-            fits = 0 < checkpoint["step"] <= self.config.steps and all(
+            fits = isinstance(self.metrics, str) and 0 < checkpoint["step"] <= self.config.steps and all(
                 self.optimizer.state[p][name].shape == p.shape for p in learning for name in ("exp_avg", "exp_avg_sq"))
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
             fits = False
@@ -469,7 +448,7 @@ def run_steps(trainer, batches, start, rank):
                                          "the last good checkpoint, if there is one; start again with a lower --lr")
             row = trainer.row(step, losses, h, gradient_norm) if logging else None
             if row and rank == 0:
-                report(folder, row, bar, config)
+                report(trainer, row, bar)
             if saving and rank == 0:
                 trainer.save(folder, step + 1)
             if stopping:

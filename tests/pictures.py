@@ -103,6 +103,7 @@ def plot(panels, path, connected=False):
         left = edge + i * (side + 3 * edge)
         (left_value, right_value), (low, high) = ([bound(map(bound, values)) for bound in (min, max)]
                                                   for values in zip(*series.values()))
+        low = min(low, 0) if connected else low  # else a curve that hardly falls would seem to fall to nothing
         draw.rectangle((left, edge, left + side, edge + side), outline="black")
         for x, y, text in ((left, edge - 24, title), (left, edge + side + 6, f"{left_value:.3g}"),
                            (left - 46, edge, f"{high:.3g}"), (left + side - 30, edge + side + 6, f"{right_value:.3g}"),

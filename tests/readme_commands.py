@@ -83,8 +83,6 @@ def run(call):
         return subprocess.run([sys.executable, str(HERE.parent / script), *flags, *short]).returncode
     if {"--list", "--help", "--gradients", "--table", "--answer", "--agree", "--compare"} & set(flags):
         short = []
-    if "--compare" in flags:
-        flags = [flag.replace("results-ucf101.json", "results-ucf101.json") for flag in flags]
     status = module.main(flags + short)
     if status == 1 and module is train:  # an earlier line ran it with the same folder
         status = train.main([*flags, *short, "--resume"])

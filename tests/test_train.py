@@ -374,15 +374,10 @@ DAMAGES = {
     "last.pt: state of other shapes": saved(lambda it: it["optimizer"]["state"][0].update(exp_avg=torch.ones(3))),
     "last.pt: weights of other shapes": saved(lambda it: it["encoder"].update(video=torch.zeros(1, 1, 3))),
     "last.pt: a part missing": saved(lambda it: it.pop("target")),
+    "last.pt: no metrics": saved(lambda it: it.pop("metrics")),
+    "last.pt: other metrics": saved(lambda it: it.update(metrics=7)),
     "last.pt: flipped bits": written(lambda old: old[:90_000] + bytes([old[90_000] ^ 255]) + old[90_001:]),
     "last.pt: something else": written(lambda old: b"hello"),
-    "metrics.csv: missing": Path.unlink,
-    "metrics.csv: empty": written(lambda old: b""),
-    "metrics.csv: a line missing": written(lambda old: re.sub(rb"\n2,.*", b"", old)),
-    "metrics.csv: half a line": written(lambda old: re.sub(rb"(\n2,\d).*", rb"\1", old)),
-    "metrics.csv: no header": written(lambda old: old.partition(b"\n")[2]),
-    "metrics.csv: a letter of the header": written(lambda old: old.replace(b"feature_std", b"feature_stb")),
-    "metrics.csv: no text": written(lambda old: bytes(range(256)) * 9),
     "config.json: cut short": written(lambda old: old[:99]),
     "config.json: another run": written(lambda old: old.replace(b'"seed": 0', b'"seed": 1')),
     "config.json: missing": Path.unlink,
@@ -398,6 +393,23 @@ def test_what_is_not_the_beginning_of_this_run_is_named_and_left_as_it_is(half, 
     assert train.main([*flags, "--resume"]) == 1
     message, = capsys.readouterr().err.splitlines()
     assert message.startswith("train.py: ") and str(path) in message and contents(folder) == before
+
+
+METRICS_DAMAGES = {
+    "missing": Path.unlink,
+    "empty": written(lambda old: b""),
+    "a line missing": written(lambda old: re.sub(rb"\n2,.*", b"", old)),
+    "half a line": written(lambda old: re.sub(rb"(\n2,\d).*", rb"\1", old)),
+    "no text": written(lambda old: bytes(range(256)) * 9),
+}
+
+
+@pytest.mark.parametrize("damage", METRICS_DAMAGES)
+def test_metrics_that_are_damaged_or_missing_are_made_whole_from_the_checkpoint(half, uninterrupted, damage):
+    folder, flags = half
+    METRICS_DAMAGES[damage](folder / "metrics.csv")
+    assert train.main([*flags, "--resume"]) == 0
+    assert (folder / "metrics.csv").read_bytes() == uninterrupted
 
 
 def test_a_folder_that_holds_a_run_is_never_overwritten(half, capsys, monkeypatch):
