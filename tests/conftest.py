@@ -25,6 +25,10 @@ def pytest_configure(config):
                                        "an argument is a folder of its own; the fixture `finished` waits for it")
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("command") is not None)  # commands end while others are tested
+
+
 def pytest_collection_finish(session):
     for item in session.items:
         for marker in item.iter_markers("command"):

@@ -308,20 +308,18 @@ def test_a_run_of_a_sweep_is_probed_and_the_untrained_one_has_the_weights_that_a
 
 
 def test_a_run_on_blobs_is_probed_on_other_blobs(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "BLOB_CLIPS", "16,8")
+    monkeypatch.setattr(study, "BLOB_CLIPS", "8,8")
     monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=1))
     run = tmp_path / "baseline-seed0"
     flags = [*TINY, "--preset=blobs", "--model=tiny", "--patch=16", "--workers=0", "--micro-batch=0"]
-    assert study.main(["--shots", "1,2", "--child", "--objective=baseline", *flags, f"--out={run}"]) == 0
+    assert study.main(["--shots", "1", "--child", "--objective=baseline", *flags, f"--out={run}"]) == 0
     found = json.loads((run / "study.json").read_text())["numbers"]
     checkpoint = probe.load_checkpoint(run / "last.pt")
     encoder = probe.make_encoder(checkpoint["config"], checkpoint["target"])
-    clips = data.BlobClips(8, 160, items=range(24), first=data.CLEAN_BLOBS, directions=True)
-    tokens = torch.stack([probe.last_level(encoder, clips.evaluation_clip(i)[None])[0].half() for i in range(24)])
-    sets = [probe.Labelled(tokens[rows], torch.arange(24)[rows] % 8) for rows in (slice(16), slice(16, 24))]
-    for k in (1, 2):
-        assert found[f"{k} direction"] == probe.accuracies(probe.FEW, *sets, range(5), "cpu", k)
-    assert "feature_std" in found and {key for key in found if key[0].isdigit()} == {"1 direction", "2 direction"}
+    clips = data.BlobClips(8, 160, items=range(16), first=data.CLEAN_BLOBS, directions=True)
+    tokens = torch.stack([probe.last_level(encoder, clips.evaluation_clip(i)[None])[0].half() for i in range(16)])
+    sets = [probe.Labelled(tokens[rows], torch.arange(16)[rows] % 8) for rows in (slice(8), slice(8, 16))]
+    assert found["1 direction"] == probe.accuracies(probe.FEW, *sets, range(5), "cpu", 1) and "feature_std" in found
 
 
 def test_losses_reach_the_networks_that_the_readme_says():
