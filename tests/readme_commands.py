@@ -53,7 +53,8 @@ def noted(lines, folder):
     for name in ("python", "torchrun", "pip", "git", "head", "tail"):
         (programs / name).write_text(NOTE.format(python=sys.executable, notes=str(notes)))
         (programs / name).chmod(0o755)
-    subprocess.run(["bash", "-e"], input="\n".join(lines), text=True, check=True, cwd=folder,
+    script = "\n".join(lines).replace("0 1 2 3 4 5", "0")
+    subprocess.run(["bash", "-e"], input=script, text=True, check=True, cwd=folder,
                    env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"})
     calls = [json.loads(line) for line in notes.read_text().splitlines()]
     unique = {json.dumps(call): call for call in calls if Path(call[0]).name in ("python", "torchrun")}

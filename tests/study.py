@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -38,7 +39,7 @@ import objectives
 import probe
 import train
 from model import Size
-from synthetic import command, number, read_json, write_json
+from synthetic import WORLDS, command, number, read_json, write_json
 
 # ---------------------------------------------------------------------------------------------------------- a sweep
 
@@ -247,7 +248,7 @@ KINEMATIC = [name for name in objectives.OBJECTIVES if name.startswith("kinemati
 def read_results(*paths):
     """Lines of results as {name: {seed: numbers}}, lists of draws as their means; objectives in order, then others.
 
-    Names leave out the world of moving shapes, which is the same for all runs of a file.
+    Names leave out a world and a momentum that all runs share.
     Raises ValueError where there is none, where runs of one name differ in settings, or a line is damaged.
     """
     table, settings = {}, {}
@@ -256,8 +257,7 @@ def read_results(*paths):
             try:
                 line = json.loads(text)
                 numbers = {name: float(np.mean(value)) for name, value in line["numbers"].items()}
-                seed, flags = line["seed"], line["flags"]
-                name = line["name"].replace(f"-{flags.get('world')}", "")
+                name, seed, flags = line["name"], line["seed"], line["flags"]
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise ValueError(f"line {i} of {path} is not a line of results") from None
             if settings.setdefault(name, flags) != flags:
@@ -265,6 +265,9 @@ def read_results(*paths):
             table.setdefault(name, {})[seed] = numbers
     if not table:
         raise ValueError(f"{', '.join(map(str, paths))} hold no results; a sweep makes them")
+    endings = {re.search(rf"(-({'|'.join(WORLDS)}|ema-[\d.]+))*$", name)[0] for name in table}
+    if len(endings) == 1:
+        table = {name.removesuffix(*endings): runs for name, runs in table.items()}
     order = ["untrained", *objectives.OBJECTIVES]
     return dict(sorted(table.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 

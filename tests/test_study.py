@@ -5,6 +5,7 @@ import json
 import math
 import re
 import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,24 @@ def test_tables_hold_means_and_paired_differences_and_mark_what_stands_and_what_
     path = write_lines(tmp_path / "slow.jsonl", {"baseline-slow": [50.0, 51.0], "ld-slow": [61.0, 62.0]}, world="slow")
     assert study.main(["--table", path]) == 0  # a file of another world has the same rows
     assert table_of(capsys.readouterr().out, 1)["ld"]["motion, 5 labels"] == "+11.0 ± 0.0"
+
+
+def test_numbers_of_the_readme_are_those_that_its_commands_print(monkeypatch, capsys):
+    """Every row of its results, every mean with a spread, and every percentage with a decimal."""
+    monkeypatch.chdir(study.ROOT)
+    readme = Path("README.md").read_text()
+    readme = readme[readme.index("## What was found"):readme.index("## The way of the data")] + \
+        readme[readme.index("## Results"):readme.index("## The study's datasets")]
+    commands = "\n".join(re.findall(r"^    (.*python tests/study.py --(?:table|answer) tests/.*)", readme, re.M))
+    commands = subprocess.run(["bash"], input=f'python() {{ echo "$@"; }}\n{commands}', capture_output=True, text=True)
+    for command in commands.stdout.splitlines():
+        assert study.main(command.split()[1:]) == 0
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^\|.* ± .* ± .*\|$", readme[readme.index("## Results"):readme.index("## The seventeen")], re.M)
+    numbers = re.findall(r"[+-]?\d+\.\d+ ± \d+\.\d+\*?|[+-]\d\.\d\d \[[^]]*\]|\d+\.\d(?= %)", readme)
+    assert len(rows) > 12 and len(numbers) > 100
+    published = {"+0.80 [+0.44, +0.96]"}  # of the study's own table
+    assert [each for each in [*rows, *numbers] if each not in printed and each not in published] == []
 
 
 @pytest.mark.parametrize("line, sentence", [
