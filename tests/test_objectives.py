@@ -8,7 +8,9 @@ import inspect
 import itertools
 import math
 import random
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +22,7 @@ from model import take
 from objectives import (HEADS, OBJECTIVES, TERMS, MaskKind, Masking, MaskOutputs, Outputs, Term, coefficients,
                         context_loss, distance_to_masked, draw_block_size, epps_pulley, hard_share, losses, make_heads,
                         middle_pixels, motion_map, place_blocks, prediction_loss, released_form, sample_masks, without)
+from objectives import describe as describe_objective
 
 LEVEL_WIDTH = 3  # D
 CHANNELS = 4 * LEVEL_WIDTH
@@ -1113,3 +1116,9 @@ def test_still_clip_has_no_motion_and_leaves_its_neighbour_alone():
     assert torch.equal(still, torch.zeros(4, 3, 3))
     assert torch.equal(moving, motion_map(clips[1:], (4, 3, 3))[0])
     assert moving.max() == 1
+
+
+def test_the_readme_lists_every_objective_as_it_is():
+    table = re.search(r"\| mixed \| adds .*\n((?:\|.*\n)+)", (Path(__file__).parent.parent / "README.md").read_text())[1]
+    listed = dict(re.findall(r"`(\w+)` \| (.*?) \|", table))
+    assert listed == {name: describe_objective(objective) for name, objective in OBJECTIVES.items()}
