@@ -6,10 +6,8 @@
 import argparse
 import contextlib
 import fcntl
-import functools
 import json
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -47,9 +45,8 @@ APPEARANCES = {
     "pillar": lambda x, y: torch.maximum(x.abs() - 0.5, y.abs() - 1),
 }
 
-
-# What a probe may be asked for, and how many classes that has. Motion is direction and speed together: its classes
-# differ in nothing else, which makes it the fine-grained task.
+# What a probe may be asked for, and how many classes that has. Motion is direction and speed together: the fine-grained
+# task, since its classes differ in nothing else.
 FACTORS = {"direction": 8, "speed": 4, "appearance": 8, "motion": 32}
 
 
@@ -142,9 +139,8 @@ def write_video(path, clip, fps, codec="libx264"):
     """Write uint8 [3, T, H, W] as a video file; the ending of `path` names the container."""
     import av
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps)
+        stream = container.add_stream(codec, rate=fps, pix_fmt="yuv420p")
         stream.height, stream.width = clip.shape[2:]
-        stream.pix_fmt = "yuv420p"
         for frame in clip.permute(1, 2, 3, 0).contiguous().numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
@@ -156,19 +152,17 @@ def write_dataset(folder, source, count, fps):
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken or folder.is_symlink() or os.path.ismount(folder):
         raise ValueError(f"{folder} is not a new or empty folder; choose another")
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    # Its own name: a folder that lies beside may be somebody's. Renamed when whole, removed when not.
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.absolute().parent))
-    try:
+    place = folder.absolute().parent
+    place.mkdir(parents=True, exist_ok=True)
+    # Renamed when whole, removed when not.
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=place, ignore_cleanup_errors=True) as unfinished:
         for item in tqdm(range(count), desc=f"writing to {folder}", unit="clip", disable=None):
             clip, label = source.video(item)
-            write_video(unfinished / f"{item:06d}.mp4", clip, fps)
+            write_video(Path(unfinished, f"{item:06d}.mp4"), clip, fps)
             lines.append(f"{item:06d}.mp4 {label}\n")
-        (unfinished / "videos.csv").write_text("".join(lines))
-        unfinished.chmod(0o755)
-        unfinished.replace(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        Path(unfinished, "videos.csv").write_text("".join(lines))
+        os.chmod(unfinished, 0o755)
+        os.replace(unfinished, folder)
 
 
 # ------------------------------------------------------------------------------------- files, and what commands share
@@ -192,15 +186,13 @@ def write_json(path, content):
 
 def read_json(path):
     """The dict that a JSON file holds, an empty one where there is no file. Raises ValueError for a damaged file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged; put the whole file back, or delete it")
-    return content
+    with contextlib.suppress(ValueError, RecursionError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+    raise ValueError(f"{path} is damaged; put the whole file back, or delete it")
 
 
 HELD = []  # locks, which a loader's worker must not inherit
@@ -229,7 +221,6 @@ def command(program, smaller, stopped="stopped"):
     smaller: the flags that decide how much memory it takes.
     """
     def decorate(main):
-        @functools.wraps(main)
         def run(arguments=None):
             status = 1
             try:
@@ -269,8 +260,7 @@ def number(least, most=10 ** 9, kind=int):
 
 @command("synthetic.py", smaller="--size or --frames")
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Write synthetic clips as video files, with a list of them.",
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Write synthetic clips as video files.", allow_abbrev=False)
     parser.add_argument("--write", metavar="DIR", required=True, help="a new or empty folder")
     parser.add_argument("--kind", choices=("shapes", "blobs"), default="shapes")
     parser.add_argument("--count", type=number(1), default=64, help="number of clips")
