@@ -45,11 +45,11 @@ MOST_PIXELS = 7680 * 4320  # of a frame: a small file can hold huge ones
 
 
 class Unreadable(Exception):
-    """A file that gives no clip, and the reason."""
+    """A file that gives no clip, and the reason: a sentence, or the error that tells it."""
 
     def __init__(self, path, reason):
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason = str(path), str(reason)
+        self.path, self.reason = str(path), str(getattr(reason, "strerror", None) or reason)
+        super().__init__(f"{self.path}: {self.reason}")
 
 
 class Video(NamedTuple):
@@ -62,34 +62,35 @@ class Video(NamedTuple):
 def read_video(path, choose):
     """Read frames of a video by number: `choose(count, rate)` is told its size and returns the numbers, ascending.
 
-    Frame i is the i-th in order of presentation, however long each lasts. The file is passed over once without
-    decoding, for the exact count, since many containers give none or a wrong one. Then comes one seek, to the last key
-    frame before the first frame chosen, and the decoding of what lies between. That trusts the container's times and
-    key frames; where the decoder finds otherwise, frames are counted by decoding from the start.
+    Frame i is the i-th in order of presentation, however long each lasts. One pass over the file without decoding gives
+    the exact count, since many containers give none or a wrong one. Then comes one seek, to the last key frame before
+    the first frame chosen, and the decoding of what lies between. That trusts the container's times and key frames;
+    where the decoder finds otherwise, frames are counted by decoding from the start.
     Raises Unreadable for a file that is missing, broken, or without the frames chosen.
     """
     import av  # only where a video is opened: all else runs without it
     try:
-        container, stream = open_video(path)
-        with container:
+        with open_video(path) as (container, stream):
             packets = [(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
                        for packet in container.demux(stream) if packet.size and not packet.is_corrupt]
-            times = sorted(time for time, _, _, cut_away in packets if not cut_away) if trusted(packets, stream) else []
-            known = [time for time, _, _, cut_away in packets if time is not None and not cut_away]
-            count, duration = len(times), (max(known) - min(known)) * stream.time_base if known else 0
+            known = sorted(time for time, _, _, cut_away in packets if time is not None and not cut_away)
+            times = known if trusted(packets, stream) else []
+            count, duration = len(times), (known[-1] - known[0]) * stream.time_base if known else 0
             measured = duration and (times or not stream.average_rate)
             rate = float((len(known) - 1) / duration if measured else stream.average_rate or 1)
-            chosen = choose(count, rate) if times else []
-            keys = [time for time, _, is_key, _ in packets if is_key and chosen and time <= times[chosen[0]]]
-            found = decode_by_time(container, stream, max(keys), {times[i]: i for i in chosen}) if keys else {}
-        if len(found) < len(set(chosen)) or not chosen:
+            if times:
+                chosen = choose(count, rate)
+                start = max(time for time, _, is_key, _ in packets if is_key and time <= times[chosen[0]])
+                found = decode_by_time(container, stream, start, {times[i]: i for i in chosen})
+        if not times or len(found) < len(set(chosen)):
             count = count_from_start(path, os.path.getsize(path), os.stat(path).st_mtime_ns)
             if not count:
                 raise Unreadable(path, "no frame of it can be decoded")
             chosen = choose(count, rate)
-            found = decode_from_start(path, chosen)
+            frames = itertools.takewhile(bool, itertools.islice(from_start(path), max(chosen) + 1))
+            found = {i: upright(frame) for i, frame in enumerate(frames) if i in chosen}
     except (av.FFmpegError, ValueError) as error:
-        raise Unreadable(path, getattr(error, "strerror", None) or error) from None
+        raise Unreadable(path, error) from None
     for i in chosen:
         if i not in found:
             raise Unreadable(path, f"frame {i} of {count} cannot be decoded")
@@ -98,27 +99,29 @@ def read_video(path, choose):
     return Video(np.stack([found[i] for i in chosen]), count, rate)
 
 
+@contextlib.contextmanager
 def open_video(path):
     """The file as a PyAV container and its video stream. Raises Unreadable where it has none that can be read."""
     import av
     if not Path(path).is_file():  # a pipe would be waited for
         raise Unreadable(path, "Is a directory" if Path(path).is_dir() else "No such file")
-    # The prefix keeps it from taking a colon in a name for a protocol.
     limits = {"format_whitelist": ",".join(VIDEO_FORMATS), "max_pixels": str(MOST_PIXELS)}  # opening decodes, too
-    container = av.open(f"file:{path}", metadata_errors="replace", options=limits)
-    streams = [stream for stream in container.streams.video  # a song's cover is an attached picture
-               if not stream.disposition & av.stream.Disposition.attached_pic]
-    best = container.streams.best("video")
-    stream = best if best in streams else next(iter(streams), None)
-    context = stream and stream.codec_context
-    reason = ("it holds no video" if stream is None else "no decoder knows its video" if context is None else
-              f"a frame has more than {MOST_PIXELS:,} pixels" if context.width * context.height > MOST_PIXELS else None)
-    if reason:
-        container.close()
-        raise Unreadable(path, reason)
-    context.options = {"max_pixels": str(MOST_PIXELS)}  # where the size changes later
-    context.thread_count = 1  # the loader's workers are what runs in parallel
-    return container, stream
+    # The prefix keeps it from taking a colon in a name for a protocol.
+    with av.open(f"file:{path}", metadata_errors="replace", options=limits) as container:
+        streams = [stream for stream in container.streams.video  # a song's cover is an attached picture
+                   if not stream.disposition & av.stream.Disposition.attached_pic]
+        if not streams:
+            raise Unreadable(path, "it holds no video")
+        best = container.streams.best("video")
+        stream = best if best in streams else streams[0]
+        context = stream.codec_context
+        if context is None:
+            raise Unreadable(path, "no decoder knows its video")
+        if context.width * context.height > MOST_PIXELS:
+            raise Unreadable(path, f"a frame has more than {MOST_PIXELS:,} pixels")
+        context.options = {"max_pixels": str(MOST_PIXELS)}  # where the size changes later
+        context.thread_count = 1  # the loader's workers are what runs in parallel
+        yield container, stream
 
 
 def trusted(packets, stream):
@@ -166,8 +169,7 @@ def decode_by_time(container, stream, start, chosen):
 def from_start(path):
     """Every frame of a video in the decoder's order, from the first good key frame on; None for a damaged one."""
     import av
-    container, stream = open_video(path)
-    with container:
+    with open_video(path) as (container, stream):
         begun = cut_away = False
         for packet in container.demux(stream):
             if not packet.size and packet.dts is not None:
@@ -190,12 +192,6 @@ def count_from_start(path, size, modified):
     return max((i + 1 for i, frame in enumerate(from_start(path)) if frame), default=0)
 
 
-def decode_from_start(path, chosen):
-    """Decode to the last of the frames chosen, or to the first damaged one: {number: RGB picture}."""
-    frames = itertools.takewhile(lambda frame: frame, itertools.islice(from_start(path), max(chosen) + 1))
-    return {i: upright(frame) for i, frame in enumerate(frames) if i in chosen}
-
-
 def upright(frame):
     """A decoded frame as uint8 [H, W, 3], RGB, turned as its rotation metadata says (mirroring is not undone)."""
     return np.rot90(frame.to_ndarray(format="rgb24", threads=1), frame.rotation // 90)
@@ -209,7 +205,7 @@ def read_image(path):
     """
     try:
         if not Path(path).is_file():
-            raise FileNotFoundError("No such file")
+            raise Unreadable(path, "No such file")
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"it has more than {MOST_PIXELS:,} pixels")
@@ -219,7 +215,7 @@ def read_image(path):
                 image = image.convert("RGBA")
             return np.array(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Unreadable(path, getattr(error, "strerror", None) or error) from None
+        raise Unreadable(path, error) from None
 
 
 # ----------------------------------------------------------------------------------------------------- which frames
