@@ -10,22 +10,19 @@ import contextlib
 import functools
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import re
 import shlex
 import signal
-import statistics
 import sys
-from collections import Counter
+from collections import Counter, namedtuple
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
 from tqdm import tqdm
@@ -52,20 +49,16 @@ class Unreadable(Exception):
         super().__init__(f"{self.path}: {self.reason}")
 
 
-class Video(NamedTuple):
-    """What was read of a file."""
-    frames: np.ndarray  # uint8 [T, H, W, 3], RGB
-    count: int  # frames in the whole file
-    rate: float  # frames per second, averaged over the whole file
+# What was read of a file: frames, uint8 [T, H, W, 3], RGB; and of the whole file their number, and how many a second.
+Video = namedtuple("Video", "frames count rate")
 
 
 def read_video(path, choose):
     """Read frames of a video by number: `choose(count, rate)` is told its size and returns the numbers, ascending.
 
-    Frame i is the i-th in order of presentation, however long each lasts. One pass over the file without decoding gives
-    the exact count, since many containers give none or a wrong one. Then comes one seek, to the last key frame before
-    the first frame chosen, and the decoding of what lies between. That trusts the container's times and key frames;
-    where the decoder finds otherwise, frames are counted by decoding from the start.
+    Frame i is the i-th in order of presentation. One pass without decoding counts them, since many containers give no
+    number or a wrong one; then comes one seek, to the last key frame before the first frame chosen. That trusts the
+    container's times and key frames; where the decoder finds otherwise, frames are counted by decoding from the start.
     Raises Unreadable for a file that is missing, broken, or without the frames chosen.
     """
     import av  # only where a video is opened: all else runs without it
@@ -140,7 +133,7 @@ def decode_by_time(container, stream, start, chosen):
     """
     import av
     context, awaited, found, last = stream.codec_context, set(chosen), {}, None
-    try:
+    with contextlib.suppress(av.FFmpegError):  # of the seek, or a damaged frame: counting from the start says which
         container.seek(start, stream=stream)
         context.open(strict=False)  # some decoders would keep to the first skip_frame that they see
         for packet in container.demux(stream):
@@ -161,8 +154,6 @@ def decode_by_time(container, stream, start, chosen):
                     found[chosen[frame.pts]] = upright(frame)
             if not awaited:
                 break
-    except av.FFmpegError:
-        pass  # of the seek, or a damaged frame: counting from the start says which
     return found
 
 
@@ -175,10 +166,9 @@ def from_start(path):
             if not packet.size and packet.dts is not None:
                 continue
             cut_away = cut_away or packet.is_discard  # the key frame too, perhaps
-            try:
+            frames = [None]
+            with contextlib.suppress(av.FFmpegError):
                 frames = stream.codec_context.decode(packet)
-            except av.FFmpegError:
-                frames = [None]
             for frame in frames:
                 good = frame is not None and not frame.is_corrupt
                 begun = begun or good and (frame.key_frame or cut_away)
@@ -218,18 +208,18 @@ def read_image(path):
         raise Unreadable(path, error) from None
 
 
-# ----------------------------------------------------------------------------------------------------- which frames
+# ---------------------------------------------------------------------------------------------- windows and sources
 
 
 def spread(start, length, count):
-    """floor(linspace(start, start + length, count)), in whole numbers so that no rounding interferes: a list."""
+    """floor(linspace(start, start + length, count)) as a list, computed in whole numbers: nothing is rounded."""
     return [start + i * length // max(count - 1, 1) for i in range(count)]
 
 
 def window(n, frames, step, generator):
-    """Frame numbers of a random clip from a video of n frames: one window of L = frames * step frames.
+    """Frame numbers of a random window of L = frames * step frames in a video of n, which starts at 0 to n - L - 1.
 
-    It starts at 0 to n - L - 1. A video no longer than L gives floor(linspace(0, n, n // step)), the last repeated.
+    A video no longer than L gives floor(linspace(0, n, n // step)), the last repeated.
     """
     length = frames * step
     if n > length:
@@ -241,15 +231,13 @@ def window(n, frames, step, generator):
 
 def fps_step(rate, fps):
     """The frame step ceil(rate) // fps, at least 1. Rates are measured, so rounded to a tenth: 15.0016 is 15."""
-    return max(1, math.ceil(round(rate, 1)) // fps)
+    return max(1, int(np.ceil(round(rate, 1))) // fps)
 
 
 def evaluation_window(n, frames):
     """Frame numbers spread evenly over a video of n frames; one shorter than the clip repeats its last frame."""
     return spread(0, n - 1, frames) if n >= frames else list(range(n)) + [n - 1] * (frames - n)
 
-
-# -------------------------------------------------------------------------------------------------------- sources
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
@@ -262,7 +250,11 @@ def normalise(clips):
 
 def resize(pictures, size):
     """uint8 [T, 3, H, W] -> uint8 [T, 3, *size]: bilinear in float, rounded once, not antialiased, as in the study."""
-    return F.interpolate(pictures.float(), size, mode="bilinear").round().to(torch.uint8)
+    return torch.nn.functional.interpolate(pictures.float(), size, mode="bilinear").round().to(torch.uint8)
+
+
+def is_image(path):
+    return Path(path).suffix.lower() in IMAGES
 
 
 class Clips:
@@ -313,10 +305,6 @@ class Clips:
         return pictures.transpose(0, 1).expand(-1, self.frames, -1, -1).contiguous()
 
 
-def is_image(path):
-    return Path(path).suffix.lower() in IMAGES
-
-
 CLEAN_BLOBS = 10_042  # evaluation clips from this seed on share no background, disc or start with a training clip
 
 
@@ -361,20 +349,19 @@ class Batches:
     """One item per training step, a function of seed and step alone, so that a resumed run goes on as it would have.
 
     batches[step] -> a rank's micro-batches, a list: uint8 clips [micro_batch, 3, T, H, W] and their masks,
-    make_masks(clips, positions, sizes) with two generators. Micro-batch j of a step draws where its blocks lie from
-    (seed, step, j), and how large they are from (seed, step), whichever rank takes it. Clips are drawn with
-    replacement: first the source, by weight, then any of its items; `Shapes` makes new ones, by the batch. For a file
-    that cannot be read another of its source is taken, and a line in the file `unreadable` says so.
-    Raises ValueError where batch, micro-batch and ranks do not fit.
+    make_masks(clips, positions, sizes). The generator of positions is seeded by (seed, step, number of the micro-batch
+    in the step), that of sizes by (seed, step). Clips are drawn with replacement: first the source, by weight, then any
+    of its items; `Shapes` makes new ones. For a file that cannot be read another of its source is taken, and a line in
+    the file `unreadable` says so. Raises ValueError where batch, micro-batch and ranks do not fit.
     """
 
     def __init__(self, sources, weights, config, make_masks, rank=0, ranks=1):
         self.sources, self.config, self.make_masks = sources, config, make_masks
         self.size = config.micro_batch or max(1, config.batch // ranks)
-        if config.batch % (self.size * ranks):
+        each, rest = divmod(config.batch, self.size * ranks)  # micro-batches of a rank
+        if rest:
             raise ValueError(f"a batch of {config.batch} is not a multiple of {ranks} ranks x a micro-batch of "
                              f"{self.size}; change --batch or --micro-batch")
-        each = config.batch // (self.size * ranks)  # micro-batches of a rank
         self.mine = range(rank * each, (rank + 1) * each)
         self.weights = torch.tensor(weights, dtype=torch.float64)
         self.lengths = torch.tensor([len(source) for source in sources])
@@ -449,11 +436,7 @@ def loader(batches, start=0, workers=0, device=torch.device("cpu")):
 # ----------------------------------------------------------------------------------------- folders, and your own lists
 
 LINE = re.compile(r'"?([^"]+?\.\w+)"?(?:[\s,]+"?(\d+)"?)?')
-
-
-class Split(NamedTuple):
-    paths: list
-    labels: list  # whole numbers from 0; None where there are none
+Split = namedtuple("Split", "paths labels")  # labels: whole numbers from 0; None where there are none
 
 
 def is_hidden(name):
@@ -475,12 +458,11 @@ def files_below(folder):
 def own_videos(path):
     """The videos of a list file, or all videos below a folder, as a Split.
 
-    A line of a list is `path` or `path label`, separated by a comma, a tab or spaces. The label is the whole number at
-    its end; all before it is the path, which ends in a suffix like .mp4, may hold spaces and commas, may stand in
-    double quotes, and is relative to the list's folder.
-    Raises FileNotFoundError where there is nothing, ValueError for a wrong line (with its number).
+    A line of a list is `path` or `path label`, separated by a comma, a tab or spaces. The label is a whole number; the
+    path ends in a suffix like .mp4, may hold spaces and commas, may stand in double quotes, and is relative to the
+    list's folder. Raises FileNotFoundError where there is nothing, ValueError for a wrong line (with its number).
     """
-    path, split = Path(path), Split([], [])
+    path = Path(path)
     if path.is_dir():
         paths = [file for file in files_below(path) if file.suffix.lower() in VIDEOS]
         if not paths:
@@ -488,18 +470,20 @@ def own_videos(path):
         return Split(paths, None)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; it should be a list of videos, or a folder of them")
+    paths, labels = [], []
     for i, line in text_lines(path):
         match = LINE.fullmatch(line)
-        if not match or split.labels and (match[2] is None) != (split.labels[0] is None):
-            raise ValueError(f"line {i} of {path} is not " + (
-                "like those before it, which have " + ("no label" if match[2] else "a label") if match
-                else "`path` or `path label`") + f": {line}")
-        split.paths.append(path.parent / match[1])
-        split.labels.append(match[2] and int(match[2]))
-    if not any(map(os.path.exists, split.paths)):
-        raise FileNotFoundError(f"{path} lists no video that exists" + (
-            f"; the first is looked for at {split.paths[0]}" if split.paths else ""))
-    return split if split.labels[0] is not None else Split(split.paths, None)
+        if not match:
+            raise ValueError(f"line {i} of {path} is not `path` or `path label`: {line}")
+        paths.append(path.parent / match[1])
+        labels.append(match[2] and int(match[2]))
+        if (labels[-1] is None) != (labels[0] is None):
+            raise ValueError(f"line {i} of {path} is not like those before it, which have "
+                             f"{'a' if match[2] is None else 'no'} label: {line}")
+    if not any(map(os.path.exists, paths)):
+        where = f"; the first is looked for at {paths[0]}" if paths else ""
+        raise FileNotFoundError(f"{path} lists no video that exists{where}")
+    return Split(paths, None if labels[0] is None else labels)
 
 
 def text_lines(path):
@@ -513,12 +497,7 @@ def text_lines(path):
 
 # --------------------------------------------------------------------- the four datasets, as their publishers ship them
 
-
-class Files(NamedTuple):
-    """The files of a dataset on disk."""
-    train: Split
-    test: Split
-    classes: list  # class names in the order of their labels
+Files = namedtuple("Files", "train test classes")  # two Splits, and the class names in the order of their labels
 
 
 def first_there(folder, *names):
@@ -531,7 +510,7 @@ def first_there(folder, *names):
 
 def read_split(path, parse):
     """A publisher's list: parse(line of text, or item of JSON) -> (path, label), as a Split."""
-    split, entries = Split([], []), text_lines(path)
+    pairs, entries = [], text_lines(path)
     if path.suffix == ".json":
         try:
             content = json.loads("".join(line for _, line in entries))
@@ -540,14 +519,12 @@ def read_split(path, parse):
             raise ValueError(f"{path} is not JSON as its publisher writes it: {error}") from None
     for i, entry in entries:
         try:
-            item, label = parse(entry)
+            pairs.append(parse(entry))
         except (IndexError, KeyError, TypeError, ValueError):
             raise ValueError(f"entry {i} of {path} is not as its publisher writes it: {entry}") from None
-        split.paths.append(item)
-        split.labels.append(label)
-    if not split.paths:
+    if not pairs:
         raise ValueError(f"{path} lists nothing")
-    return split
+    return Split(*map(list, zip(*pairs)))
 
 
 def ucf101(root):
@@ -577,9 +554,8 @@ def imagenet100(root):
     splits, classes = [], []
     for folder in (first_there(root, "train"), first_there(root, "val", "validation")):
         classes.append(sorted(each.name for each in folder.iterdir() if each.is_dir() and not is_hidden(each.name)))
-        pairs = [(path, i) for i, name in enumerate(classes[-1])
-                 for path in files_below(folder / name) if is_image(path)]
-        splits.append(Split([path for path, _ in pairs], [label for _, label in pairs]))
+        images = [[path for path in files_below(folder / name) if is_image(path)] for name in classes[-1]]
+        splits.append(Split(sum(images, []), [i for i, paths in enumerate(images) for _ in paths]))
     if classes[0] != classes[1] or not all(split.paths for split in splits):
         raise ValueError(f"train and val of {root} should hold images of the same classes; they differ in "
                          f"{', '.join(sorted(set(classes[0]) ^ set(classes[1]))[:3]) or 'nothing, and have no images'}")
@@ -588,14 +564,14 @@ def imagenet100(root):
 
 def diving48(root):
     videos, vocabulary = first_there(root, "rgb"), root / "Diving48_vocab.json"
+    train, test = (first_there(root, f"Diving48_V2_{split}.json") for split in ("train", "test"))
     classes = [str(label) for label in range(48)]
     if vocabulary.exists():
         classes, _ = read_split(vocabulary, lambda words: (" ".join(words), None))
 
     def parse(entry):
         return videos / f"{entry['vid_name']}.mp4", range(len(classes)).index(entry["label"])
-    return Files(*(read_split(first_there(root, f"Diving48_V2_{split}.json"), parse) for split in ("train", "test")),
-                 classes)
+    return Files(read_split(train, parse), read_split(test, parse), classes)
 
 
 class PublicDataset(NamedTuple):
@@ -655,7 +631,7 @@ def inspect(title, paths, workers):
     for what, values in zip(("height", "width", "frames", "frames per second"), facts):
         print(f"    {what}: {min(values):.4g} to {max(values):.4g}")
     if len(facts) > 2:
-        step = max(1, round(statistics.median(facts[2]) / 16))
+        step = max(1, round(np.median(facts[2]) / 16))
         print(f"    evaluation takes 16 frames from all of a video, {step} apart (median): a good --frame-step")
     print(f"    unreadable: {len(reasons):,}", *reasons[:5], sep="\n      ")
     if len(reasons) > MAX_BROKEN * len(paths):
