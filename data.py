@@ -40,6 +40,9 @@ MOST_PIXELS = 7680 * 4320  # of a frame: a small file can hold huge ones
 
 # ------------------------------------------------------------------------------------------------------- decoding
 
+# What was read of a file: frames, uint8 [T, H, W, 3], RGB; and of the whole file their number, and how many a second.
+Video = namedtuple("Video", "frames count rate")
+
 
 class Unreadable(Exception):
     """A file that gives no clip, and the reason: a sentence, or the error that tells it."""
@@ -47,10 +50,6 @@ class Unreadable(Exception):
     def __init__(self, path, reason):
         self.path, self.reason = str(path), str(getattr(reason, "strerror", None) or reason)
         super().__init__(f"{self.path}: {self.reason}")
-
-
-# What was read of a file: frames, uint8 [T, H, W, 3], RGB; and of the whole file their number, and how many a second.
-Video = namedtuple("Video", "frames count rate")
 
 
 def read_video(path, choose):
@@ -210,6 +209,9 @@ def read_image(path):
 
 # ---------------------------------------------------------------------------------------------- windows and sources
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+CLEAN_BLOBS = 10_042  # evaluation clips from this seed on share no background, disc or start with a training clip
+
 
 def spread(start, length, count):
     """floor(linspace(start, start + length, count)) as a list, computed in whole numbers: nothing is rounded."""
@@ -237,9 +239,6 @@ def fps_step(rate, fps):
 def evaluation_window(n, frames):
     """Frame numbers spread evenly over a video of n frames; one shorter than the clip repeats its last frame."""
     return spread(0, n - 1, frames) if n >= frames else list(range(n)) + [n - 1] * (frames - n)
-
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
 def normalise(clips):
@@ -303,9 +302,6 @@ class Clips:
     def finish(self, pictures):
         """[T or 1, 3, crop, crop] -> [3, T, crop, crop]."""
         return pictures.transpose(0, 1).expand(-1, self.frames, -1, -1).contiguous()
-
-
-CLEAN_BLOBS = 10_042  # evaluation clips from this seed on share no background, disc or start with a training clip
 
 
 class BlobClips(Clips):
@@ -436,12 +432,8 @@ def loader(batches, start=0, workers=0, device=torch.device("cpu")):
 # ----------------------------------------------------------------------------------------- folders, and your own lists
 
 LINE = re.compile(r'"?([^"]+?\.\w+)"?(?:[\s,]+"?(\d+)"?)?')
+HIDDEN = (".", "__MACOSX")  # how names begin that macOS and others leave behind
 Split = namedtuple("Split", "paths labels")  # labels: whole numbers from 0; None where there are none
-
-
-def is_hidden(name):
-    """What macOS and others leave behind: `.DS_Store`, `._clip.mp4`, `__MACOSX`."""
-    return name.startswith((".", "__MACOSX"))
 
 
 def files_below(folder):
@@ -450,8 +442,8 @@ def files_below(folder):
     for place, folders, names in os.walk(folder, followlinks=True):
         new = os.path.realpath(place) not in seen  # links may go round in circles
         seen.add(os.path.realpath(place))
-        folders[:] = sorted(name for name in folders if new and not is_hidden(name))
-        found += [Path(place, name) for name in names if new and not is_hidden(name)]
+        folders[:] = sorted(name for name in folders if new and not name.startswith(HIDDEN))
+        found += [Path(place, name) for name in names if new and not name.startswith(HIDDEN)]
     return sorted(found)
 
 
@@ -553,7 +545,8 @@ def ssv2(root):
 def imagenet100(root):
     splits, classes = [], []
     for folder in (first_there(root, "train"), first_there(root, "val", "validation")):
-        classes.append(sorted(each.name for each in folder.iterdir() if each.is_dir() and not is_hidden(each.name)))
+        names = sorted(each.name for each in folder.iterdir() if each.is_dir())
+        classes.append([name for name in names if not name.startswith(HIDDEN)])
         images = [[path for path in files_below(folder / name) if is_image(path)] for name in classes[-1]]
         splits.append(Split(sum(images, []), [i for i, paths in enumerate(images) for _ in paths]))
     if classes[0] != classes[1] or not all(split.paths for split in splits):

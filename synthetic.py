@@ -167,6 +167,8 @@ def write_dataset(folder, source, count, fps):
 
 # ------------------------------------------------------------------------------------- files, and what commands share
 
+HELD = []  # locks, which a loader's worker must not inherit
+
 
 def write_file(path, content):
     """Write bytes under a temporary name, then rename: a reader sees the old file or the new one, never a half."""
@@ -193,9 +195,6 @@ def read_json(path):
         if isinstance(content, dict):
             return content
     raise ValueError(f"{path} is damaged; put the whole file back, or delete it")
-
-
-HELD = []  # locks, which a loader's worker must not inherit
 
 
 @contextlib.contextmanager
