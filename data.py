@@ -18,7 +18,6 @@ import signal
 import sys
 from collections import Counter, namedtuple
 from pathlib import Path
-from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -567,12 +566,8 @@ def diving48(root):
     return Files(read_split(train, parse), read_split(test, parse), classes)
 
 
-class PublicDataset(NamedTuple):
-    title: str
-    marker: str  # a name that tells its folder
-    read: Callable  # folder -> Files
-    train: int  # published counts
-    test: int
+class PublicDataset(namedtuple("PublicDataset", "title marker read train test")):
+    """marker: a name that tells its folder. read: folder -> Files. train, test: how many clips were published."""
 
     def files(self, root):
         """Its files in a folder, or in one folder below. Raises FileNotFoundError where something is missing."""

@@ -221,13 +221,12 @@ def command(program, smaller, stopped="stopped"):
     """
     def decorate(main):
         def run(arguments=None):
-            status = 1
             try:
                 return main(arguments) or 0
             except KeyboardInterrupt:
                 status, sentence = 130, stopped
             except (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError) as error:
-                message = str(error).strip() or type(error).__name__
+                status, message = 1, str(error).strip() or type(error).__name__
                 # An error in a loader's worker comes with the worker's traceback; its last line is what happened.
                 sentence = message.splitlines()[-1].removeprefix("ValueError: ")
                 if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in message:
