@@ -54,9 +54,9 @@ class Unreadable(Exception):
 def read_video(path, choose):
     """Read frames of a video by number: `choose(count, rate)` is told its size and returns the numbers, ascending.
 
-    Frame i is the i-th in order of presentation. One pass without decoding counts them, since many containers give no
-    number or a wrong one; then comes one seek, to the last key frame before the first frame chosen. That trusts the
-    container's times and key frames; where the decoder finds otherwise, frames are counted by decoding from the start.
+    Frame i is the i-th shown, however long each lasts. One pass without decoding counts them, since many containers
+    give no number or a wrong one; then comes one seek, to the last key frame before the first frame chosen. That trusts
+    the container's times and key frames; where the decoder disagrees, frames are counted by decoding from the start.
     Raises Unreadable for a file that is missing, broken, or without the frames chosen.
     """
     import av  # only where a video is opened: all else runs without it
@@ -431,7 +431,7 @@ def loader(batches, start=0, workers=0, device=torch.device("cpu")):
 # ----------------------------------------------------------------------------------------- folders, and your own lists
 
 LINE = re.compile(r'"?([^"]+?\.\w+)"?(?:[\s,]+"?(\d+)"?)?')
-HIDDEN = (".", "__MACOSX")  # how names begin that macOS and others leave behind
+HIDDEN = (".", "__MACOSX")  # of what macOS and others leave behind: `.DS_Store`, `._clip.mp4`
 Split = namedtuple("Split", "paths labels")  # labels: whole numbers from 0; None where there are none
 
 
