@@ -27,24 +27,35 @@ from objectives import (ABLATIONS, OBJECTIVES, MaskOutputs, Outputs, coefficient
 from synthetic import WORLDS, Shapes, command, locked, number, read_json, write_file, write_json
 
 
+STUDY = dict(frames=16, crop=224, model="vit_base", patch=16, steps=30_000, batch=32, micro_batch=8, lr=6e-4,
+             ema=0.99925, workers=8, log_every=100, save_every=1000)
+PRESETS = {
+    "synthetic": dict(),
+    "ucf101": dict(STUDY, fps=16),
+    "mixed": dict(STUDY, frame_step=2),
+    # The study's context loss begins at step 15,000, which this regime never reaches.
+    "blobs": dict(STUDY, frames=8, crop=128, fps=4, batch=16, steps=5000, ctx_weight=0.0),
+}
+
+
 def setting(default, meaning, least=None, most=10 ** 9, choices=None):
-    """A field of `Config`, and so a flag. choices: a function, since tables may grow before flags are read."""
+    """A field of `Config`, and so a flag."""
     return field(default=default, metadata=dict(help=f"{meaning} [{default}]", least=least, most=most, choices=choices))
 
 
 @dataclass
 class Config:
     """Everything that makes a run: the synthetic preset's values, for two CPU cores. Every field is a flag."""
-    preset: str = setting("synthetic", "the values that the other flags start from", choices=lambda: PRESETS)
-    objective: str = setting("baseline", "one of --list", choices=lambda: OBJECTIVES)
+    preset: str = setting("synthetic", "the values that the other flags start from", choices=PRESETS)
+    objective: str = setting("baseline", "one of --list", choices=OBJECTIVES)
     as_released: bool = setting(False, "behave as the released code, not as its description (README)")
-    ablate: str = setting("", "leave one ingredient out", choices=lambda: ["", *ABLATIONS])
+    ablate: str = setting("", "leave one ingredient out", choices=["", *ABLATIONS])
     out: str = setting("", "the run folder, by default below runs/")
     seed: int = setting(0, "of weights, clips and masks", 0, 2 ** 32 - 1)
     # data
     data: str = setting("", 'your own videos: a list (lines "path label" or "path") or a folder')
     root: str = setting("", "the folder that holds the study's datasets")
-    world: str = setting("default", "what the synthetic clips show", choices=lambda: WORLDS)
+    world: str = setting("default", "what the synthetic clips show", choices=WORLDS)
     frames: int = setting(8, "frames of a clip", 1, 10_000)
     crop: int = setting(32, "height and width of a clip in pixels", 1, 10_000)
     frame_step: int = setting(1, "frames of the video from one frame of a clip to the next", 1)
@@ -52,7 +63,7 @@ class Config:
     workers: int = setting(0, "loader processes", 0, 1000)
     max_broken: float = setting(MAX_BROKEN, "stop when a larger share of the clips cannot be read", 0, 1)
     # model
-    model: str = setting("tiny", "size of the networks", choices=lambda: SIZES)
+    model: str = setting("tiny", "size of the networks", choices=SIZES)
     weights: str = setting("", "a V-JEPA 2.1 checkpoint for the encoder to start from")
     patch: int = setting(8, "height and width of a token in pixels", 1)
     tubelet: int = setting(2, "frames of a token", 1)
@@ -66,7 +77,7 @@ class Config:
     ema: float = setting(0.97, "momentum of the target encoder", 0, 1)
     ctx_weight: float = setting(0.5, "what the context loss counts for at the end of the run", 0)
     # machine
-    device: str = setting("auto", "where to run", choices=lambda: ["auto", "cuda", "mps", "cpu"])
+    device: str = setting("auto", "where to run", choices=["auto", "cuda", "mps", "cpu"])
     compile: bool = setting(None, "compile the networks; by default on cuda only")
     # logging
     log_every: int = setting(10, "steps between lines of metrics.csv", 1)
@@ -77,17 +88,6 @@ class Config:
     def grid(self):
         """The token grid (t, h, w) of a clip."""
         return token_grid(self.frames, self.crop, self.crop, self.patch, self.tubelet)
-
-
-STUDY = dict(frames=16, crop=224, model="vit_base", patch=16, steps=30_000, batch=32, micro_batch=8, lr=6e-4,
-             ema=0.99925, workers=8, log_every=100, save_every=1000)
-PRESETS = {
-    "synthetic": dict(),
-    "ucf101": dict(STUDY, fps=16),
-    "mixed": dict(STUDY, frame_step=2),
-    # The study's context loss begins at step 15,000, which this regime never reaches.
-    "blobs": dict(STUDY, frames=8, crop=128, fps=4, batch=16, steps=5000, ctx_weight=0.0),
-}
 
 
 class JEPA(nn.Module):
@@ -147,9 +147,8 @@ def build(config):
 def collapse_meter(h, most_tokens=4096):
     """Are the target features alive? Last level [B, N, D] of them -> effective rank, mean deviation of a channel.
 
-    Effective rank: exp of the entropy of the normalised singular values of the centred token features (at most D).
-    The deviation falls to 0 when all tokens look the same. The rank need not: it has no scale, and what little
-    difference is left may run in many directions.
+    Effective rank: exp of the entropy of the normalised singular values of the centred token features (at most D). The
+    deviation falls to 0 when all tokens look the same. The rank has no scale, and may stay high then.
     """
     tokens = h.flatten(0, 1).float()  # (B*N, D)
     count = min(len(tokens), most_tokens)
@@ -175,107 +174,8 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
-def learning_rate(config, step):
-    """Linear from warmup_lr to lr over the first 1 % of the steps (the study's first epoch), then constant.
-
-    The study counts before it sets: step s, from 0, has the value of s + 1.
-    """
-    warmup = max(1, config.steps // 100)
-    return config.warmup_lr + (config.lr - config.warmup_lr) * min(1.0, (step + 1) / warmup)
-
-
-def masks_of_clips(clips, positions, sizes, grid, masking):
-    """`sample_masks` for uint8 clips [B, 3, T, H, W]; a loader's worker calls this, so that no step waits for it.
-
-    positions, sizes: the generators of where blocks lie, and how large they are.
-    """
-    motion = None
-    if masking.motion_strength:
-        motion = motion_map(data.normalise(middle_pixels(clips, grid)), grid, masking.maxima_mixed_up)
-    return sample_masks(len(clips), grid, masking, positions, motion, sizes)
-
-
-def training_sources(config):
-    """Where a run's clips come from: a list of sources, and how often each is drawn."""
-    how = config.frames, config.crop, config.frame_step, config.fps
-    if config.data:
-        return [data.Clips(*data.own_videos(config.data), *how)], [1.0]
-    if config.preset == "synthetic":
-        return [Shapes(config.frames, config.crop, config.seed, world=config.world)], [1.0]
-    if config.preset == "blobs":
-        return [data.BlobClips(*how)], [1.0]
-    shares = data.MIXED if config.preset == "mixed" else {"ucf101": 1.0}
-    return [data.open_dataset(name, config.root, "train", *how) for name in shares], list(shares.values())
-
-
-# ------------------------------------------------------------------------------------------------------ run folder
-
-# Where a run runs, when it saves and when it gives up: settings that do not change what it computes.
-NOT_COMPUTED = ("out", "device", "compile", "workers", "save_every", "max_broken")
-RUN_FILES = ("config.json", "metrics.csv", "unreadable.txt")  # what a run may leave that never did a step
-
-
-def open_run(config, trainer, resume):
-    """Judge the run folder, and let the trainer go on from the checkpoint in it, which is returned (or None).
-
-    Raises ValueError, before anything is written, for a folder with something else than the beginning of this run.
-    """
-    folder = Path(config.out)
-    # The objective itself goes in beside its name: its coefficients may change between two versions of a file.
-    content = json.loads(json.dumps({**asdict(config), "definition": asdict(trainer.objective)}))
-    begun = any((folder / name).exists() and (folder / name).stat().st_size for name in ("last.pt", "metrics.csv"))
-    left = {path for path in folder.iterdir() if path.suffix == ".tmp"}  # of a process that was killed while it wrote
-    if not begun and {*folder.iterdir()} - left - {folder / name for name in RUN_FILES}:
-        raise ValueError(f"{folder} holds something that is not a run; choose another --out")
-    if begun and not resume:
-        raise ValueError(f"{folder} holds a run already; add --resume to go on with it, or choose another --out")
-    there = {"config.json": read_json(folder / "config.json")} if begun else {}
-    checkpoint = probe.load_checkpoint(folder / "last.pt") if (folder / "last.pt").exists() else None
-    if checkpoint:
-        there["last.pt"] = {**checkpoint["config"], "definition": json.loads(json.dumps(checkpoint["definition"]))}
-    for name, before in there.items():
-        different = [key for key in content if key not in NOT_COMPUTED and before.get(key) != content[key]]
-        if different:
-            what = f"of a different run ({', '.join(different)} differ)" if before else "missing"
-            raise ValueError(f"{folder / name} is {what}; choose another --out")
-    if checkpoint:
-        trainer.load(checkpoint)
-    for path in left if checkpoint else [*left, folder / "unreadable.txt"]:
-        path.unlink(missing_ok=True)
-    write_json(folder / "config.json", content)
-    write_file(folder / "metrics.csv", trainer.metrics.encode())  # up to the checkpoint: the rest is computed again
-    return checkpoint
-
-
-def report(trainer, row, bar):
-    """Add a line to metrics.csv, a dict of numbers, and show it: beside the bar, or as a line of its own.
-
-    There are no times in the file, so on a CPU a resumed run writes the same one. Raises ValueError where too many
-    clips could not be read.
-    """
-    config, broken = trainer.config, Path(trainer.config.out) / "unreadable.txt"
-    trainer.metrics = (trainer.metrics or ",".join(row) + "\n") + ",".join(map(str, row.values())) + "\n"
-    write_file(broken.with_name("metrics.csv"), trainer.metrics.encode())
-    # Workers are ahead of this step, and after a resume they meet the same files again.
-    noted = {*broken.read_bytes().splitlines()} if broken.exists() else {}
-    failed, drawn = sum(int(line.split(b"\t")[0]) <= row["step"] for line in noted), (row["step"] + 1) * config.batch
-    shown = ", ".join(f"{name}={value:.3g}" for name, value in row.items()
-                      if name not in ("step", "grad_norm", "lr", "ema", "ctx_weight"))
-    shown += f", {failed:,} unreadable" * bool(failed)
-    bar.set_postfix_str(shown)
-    if bar.disable:
-        print(f"step {row['step'] + 1} of {config.steps}: {shown}", flush=True)
-    if drawn >= 100 and failed > config.max_broken * (failed + drawn):  # fewer would judge by one file
-        raise ValueError(f"{failed / (failed + drawn):.0%} of the clips cannot be read, more than --max-broken "
-                         f"{config.max_broken:g}; {broken} names them")
-
-
-# ------------------------------------------------------------------------------------------------------------ loop
-
-
 class Trainer:
     """The networks of a run with their optimizer, one training step, and what a checkpoint keeps of them."""
-    PARTS = ("encoder", "target", "predictor", "heads")
 
     def __init__(self, config, device, ranks=1):
         self.config, self.device, self.ranks = config, device, ranks
@@ -311,8 +211,10 @@ class Trainer:
         weights = coefficients(self.objective, step, self.config.steps, self.config.ctx_weight)
         # Tensors, since a compiled step would be compiled again for every new Python number.
         weights = dict(zip(weights, torch.tensor(list(weights.values())).to(self.device, non_blocking=True)))
+        # Linear over the first 1 % of the steps (the study's first epoch); the study counts before it sets.
+        warm = min(1.0, (step + 1) / max(1, self.config.steps // 100))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, step)
+            group["lr"] = self.config.warmup_lr + (self.config.lr - self.config.warmup_lr) * warm
         found = []
         for clips, masks in micro_batches:
             clips = clips.to(self.device, non_blocking=True)
@@ -346,7 +248,7 @@ class Trainer:
         means = dict(zip(losses, mean_over_ranks(torch.stack(list(losses.values()))).tolist()))
         rank, deviation = collapse_meter(h[..., -self.model.encoder.video.shape[-1]:])
         ctx = coefficients(self.objective, step, self.config.steps, self.config.ctx_weight)["ctx"]
-        return {"step": step, **means, "grad_norm": gradient_norm.item(), "lr": learning_rate(self.config, step),
+        return {"step": step, **means, "grad_norm": gradient_norm.item(), "lr": self.optimizer.param_groups[0]["lr"],
                 "ema": self.config.ema if self.objective.ema else "", "ctx_weight": ctx, "effective_rank": rank.item(),
                 "feature_std": deviation.item()}
 
@@ -355,14 +257,14 @@ class Trainer:
         buffer = io.BytesIO()
         torch.save({"config": asdict(self.config), "definition": asdict(self.objective), "step": step,
                     "metrics": self.metrics, "evaluated": self.evaluated, "optimizer": self.optimizer.state_dict(),
-                    **{part: getattr(self.model, part).state_dict() for part in self.PARTS}}, buffer)
+                    **{name: part.state_dict() for name, part in self.model.named_children()}}, buffer)
         write_file(folder / "last.pt", buffer.getvalue())
 
     def load(self, checkpoint):
         """Take over a checkpoint. Raises ValueError where it does not fit the networks or the run."""
         try:
-            for part in self.PARTS:
-                getattr(self.model, part).load_state_dict(checkpoint[part])
+            for name, part in self.model.named_children():
+                part.load_state_dict(checkpoint[name])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.metrics = checkpoint["metrics"]
             learning = [*self.model.encoder.parameters(), *self.model.predictor.parameters()]  # a head may be detached
@@ -375,31 +277,37 @@ class Trainer:
                              "damaged, or was written by another version")
 
 
-class StopSignal:
-    """Remembers Ctrl-C and SIGTERM, so that the loop ends after a whole step. The same one again ends at once."""
+def masks_of_clips(clips, positions, sizes, grid, masking):
+    """`sample_masks` for uint8 clips [B, 3, T, H, W], called in a loader's worker, so that no step waits for it.
+    positions, sizes: the generators of where blocks lie, and how large they are."""
+    motion = None
+    if masking.motion_strength:
+        motion = motion_map(data.normalise(middle_pixels(clips, grid)), grid, masking.maxima_mixed_up)
+    return sample_masks(len(clips), grid, masking, positions, motion, sizes)
 
-    def __enter__(self):
-        self.received = 0
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
 
-    def receive(self, received, frame):
-        self.received = received
-        signal.signal(received, signal.SIG_DFL)
+def training_sources(config):
+    """Where a run's clips come from: a list of sources, and how often each is drawn."""
+    how = config.frames, config.crop, config.frame_step, config.fps
+    if config.data:
+        return [data.Clips(*data.own_videos(config.data), *how)], [1.0]
+    if config.preset == "synthetic":
+        return [Shapes(config.frames, config.crop, config.seed, world=config.world)], [1.0]
+    if config.preset == "blobs":
+        return [data.BlobClips(*how)], [1.0]
+    shares = data.MIXED if config.preset == "mixed" else {"ucf101": 1.0}
+    return [data.open_dataset(name, config.root, "train", *how) for name in shares], list(shares.values())
 
-    def __exit__(self, *error):
-        for each, handler in self.before.items():
-            signal.signal(each, handler)
 
-    def agreed(self):
-        """The signal, on all ranks if it reached any: one that stopped alone would leave the others waiting.
-
-        The ranks ask each other over the hosts' network, so that nothing waits for the GPU.
-        """
-        received = torch.tensor(self.received)
-        if dist.is_initialized():
-            dist.all_reduce(received, op=dist.ReduceOp.MAX)
-        return received.item()
+def prepare(config, rank, ranks, device):
+    """The trainer and its batches. What can be refused without a run folder is refused here."""
+    sources = training_sources(config)  # before the networks, which take seconds: a wrong path is said at once
+    trainer = Trainer(config, device, ranks)
+    make_masks = functools.partial(masks_of_clips, grid=config.grid, masking=trainer.objective.masking)
+    batches = data.Batches(*sources, config, make_masks, rank, ranks)
+    clips = torch.zeros(batches.size, 3, config.frames, config.crop, config.crop, dtype=torch.uint8)
+    make_masks(clips, torch.Generator(), torch.Generator())  # refuses a grid or a micro-batch that is too small
+    return trainer, batches
 
 
 def start_ranks(config):
@@ -420,15 +328,83 @@ def start_ranks(config):
     return dist.get_rank(), ranks, device
 
 
-def prepare(config, rank, ranks, device):
-    """The trainer and its batches. What can be refused without a run folder is refused here."""
-    sources = training_sources(config)  # before the networks, which take seconds: a wrong path is said at once
-    trainer = Trainer(config, device, ranks)
-    make_masks = functools.partial(masks_of_clips, grid=config.grid, masking=trainer.objective.masking)
-    batches = data.Batches(*sources, config, make_masks, rank, ranks)
-    clips = torch.zeros(batches.size, 3, config.frames, config.crop, config.crop, dtype=torch.uint8)
-    make_masks(clips, torch.Generator(), torch.Generator())  # refuses a grid or a micro-batch that is too small
-    return trainer, batches
+class StopSignal:
+    """Remembers Ctrl-C and SIGTERM, so that the loop ends after a whole step. The same one again ends at once."""
+
+    def __enter__(self):
+        self.received = 0
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def receive(self, received, frame):
+        self.received = received
+        signal.signal(received, signal.SIG_DFL)
+
+    def __exit__(self, *error):
+        for each, handler in self.before.items():
+            signal.signal(each, handler)
+
+    def agreed(self):
+        """The signal, on all ranks if it reached any: one that stopped alone would leave the others waiting."""
+        received = torch.tensor(self.received)  # on the CPU: nothing waits for the GPU
+        if dist.is_initialized():
+            dist.all_reduce(received, op=dist.ReduceOp.MAX)
+        return received.item()
+
+
+# Where a run runs, when it saves and when it gives up: settings that do not change what it computes.
+NOT_COMPUTED = ("out", "device", "compile", "workers", "save_every", "max_broken")
+
+
+def open_run(config, trainer, resume):
+    """Judge the run folder, and let the trainer go on from the checkpoint in it, which is returned (or None).
+    Raises ValueError, before anything is written, for a folder with something else than the beginning of this run."""
+    folder = Path(config.out)
+    # The objective itself goes in beside its name: its coefficients may change between two versions of a file.
+    content = json.loads(json.dumps({**asdict(config), "definition": asdict(trainer.objective)}))
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    begun = sizes.get("last.pt") or sizes.get("metrics.csv")
+    left = [name for name in sizes if name.endswith(".tmp")]  # of a process that was killed while it wrote
+    if not begun and {*sizes} - {"config.json", "metrics.csv", "unreadable.txt", *left}:
+        raise ValueError(f"{folder} holds something that is not a run; choose another --out")
+    if begun and not resume:
+        raise ValueError(f"{folder} holds a run already; add --resume to go on with it, or choose another --out")
+    there = {"config.json": read_json(folder / "config.json")} if begun else {}
+    checkpoint = probe.load_checkpoint(folder / "last.pt") if "last.pt" in sizes else None
+    if checkpoint:
+        there["last.pt"] = {**checkpoint["config"], "definition": json.loads(json.dumps(checkpoint["definition"]))}
+    for name, before in there.items():
+        different = [key for key in content if key not in NOT_COMPUTED and before.get(key) != content[key]]
+        if different:
+            what = f"of a different run ({', '.join(different)} differ)" if before else "missing"
+            raise ValueError(f"{folder / name} is {what}; choose another --out")
+    if checkpoint:
+        trainer.load(checkpoint)
+    for name in left if checkpoint else [*left, "unreadable.txt"]:
+        (folder / name).unlink(missing_ok=True)
+    write_json(folder / "config.json", content)
+    write_file(folder / "metrics.csv", trainer.metrics.encode())  # up to the checkpoint: the rest is computed again
+    return checkpoint
+
+
+def report(trainer, row, bar):
+    """Add a line to metrics.csv, a dict of numbers, and show it. It holds no times, so on a CPU a resumed run writes the
+    same one. Raises ValueError where too many clips could not be read."""
+    config, broken = trainer.config, Path(trainer.config.out) / "unreadable.txt"
+    trainer.metrics = (trainer.metrics or ",".join(row) + "\n") + ",".join(map(str, row.values())) + "\n"
+    write_file(broken.with_name("metrics.csv"), trainer.metrics.encode())
+    # Workers are ahead of this step, and after a resume they meet the same files again.
+    noted = {*broken.read_bytes().splitlines()} if broken.exists() else {}
+    failed, drawn = sum(int(line.split(b"\t")[0]) <= row["step"] for line in noted), (row["step"] + 1) * config.batch
+    shown = ", ".join(f"{name}={value:.3g}" for name, value in row.items()
+                      if name not in ("step", "grad_norm", "lr", "ema", "ctx_weight"))
+    shown += f", {failed:,} unreadable" * bool(failed)
+    bar.set_postfix_str(shown)
+    if bar.disable:
+        print(f"step {row['step'] + 1} of {config.steps}: {shown}", flush=True)
+    if drawn >= 100 and failed > config.max_broken * (failed + drawn):  # fewer would judge by one file
+        raise ValueError(f"{failed / (failed + drawn):.0%} of the clips cannot be read, more than --max-broken "
+                         f"{config.max_broken:g}; {broken} names them")
 
 
 def run_steps(trainer, batches, start, rank):
@@ -487,7 +463,7 @@ def train(config, resume=False):
 def finish(trainer, folder):
     """Probe the trained encoder, and one with random weights on the same clips; write it all to result.json."""
     config, found = trainer.config, {}
-    last = list(csv.DictReader((folder / "metrics.csv").open()))[-1]
+    last = list(csv.DictReader(trainer.metrics.splitlines()))[-1]
     if config.probe_clips:
         encoders = {"untrained": build(config).encoder.to(trainer.device),
                     "trained": getattr(trainer.model, trainer.evaluated)}
@@ -503,9 +479,6 @@ def finish(trainer, folder):
     write_json(folder / "result.json", {"config": asdict(config), "machine": machine, "last": last, **found})
 
 
-# ------------------------------------------------------------------------------------------------------ command line
-
-
 def parse(arguments):
     """Command line -> (Config, other flags). The preset's values first, then what the flags say."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -517,7 +490,7 @@ def parse(arguments):
             parser.add_argument(name, help=how["help"], default=None, action=argparse.BooleanOptionalAction)
         else:
             kind = item.type if how["least"] is None else number(how["least"], how["most"], item.type)
-            parser.add_argument(name, help=how["help"], type=kind, choices=how["choices"] and list(how["choices"]()),
+            parser.add_argument(name, help=how["help"], type=kind, choices=how["choices"],
                                 metavar=item.type.__name__.upper())
     flags = parser.parse_args(arguments)
     chosen = {item.name: getattr(flags, item.name) for item in fields(Config) if getattr(flags, item.name) is not None}
@@ -535,12 +508,12 @@ def parse(arguments):
             config.frames < 2 * config.tubelet}
     for sentence in [sentence for sentence, holds in wrong.items() if holds]:
         parser.error(sentence)
-    if not config.out:  # the objective, what of the method was changed by flags, and the seed
-        changes = {"-as-released": config.as_released, f"-without-{config.ablate}": config.ablate,
-                   f"-{config.world}": config.world != Config.world,
-                   f"-ema-{config.ema:g}": config.ema != PRESETS[config.preset].get("ema", Config.ema)}
-        config.out = f"runs/{Path(config.data).stem or config.preset}-{config.objective}" + "".join(
-            change for change in changes if changes[change]) + f"-seed{config.seed}"
+    if not config.out:  # the data, the objective, what of the method was changed by flags, and the seed
+        own_ema = config.ema != PRESETS[config.preset].get("ema", Config.ema)
+        parts = [Path(config.data).stem or config.preset, config.objective, "as-released" * config.as_released,
+                 f"without-{config.ablate}" * bool(config.ablate), config.world * (config.world != Config.world),
+                 f"ema-{config.ema:g}" * own_ema, f"seed{config.seed}"]
+        config.out = "runs/" + "-".join(filter(None, parts))
     return config, flags
 
 
