@@ -26,7 +26,6 @@ from objectives import (ABLATIONS, OBJECTIVES, MaskOutputs, Outputs, coefficient
                         middle_pixels, motion_map, objective_list, released_form, sample_masks, without)
 from synthetic import WORLDS, Shapes, command, locked, number, read_json, write_file, write_json
 
-
 STUDY = dict(frames=16, crop=224, model="vit_base", patch=16, steps=30_000, batch=32, micro_batch=8, lr=6e-4,
              ema=0.99925, workers=8, log_every=100, save_every=1000)
 PRESETS = {
@@ -237,8 +236,7 @@ class Trainer:
         self.optimizer.zero_grad()
         # 5. The target follows the encoder: target = momentum * target + (1 - momentum) * encoder.
         if self.objective.ema:
-            with torch.no_grad():
-                self.update_target(list(self.model.target.parameters()), list(self.model.encoder.parameters()), None)
+            self.update_target(list(self.model.target.parameters()), list(self.model.encoder.parameters()), None)
         losses = {name: torch.stack([each[name].float() for each in found]).mean() for name in found[0]}
         self.healthy &= losses["total"].isfinite() & gradient_norm.isfinite()
         return losses, h, gradient_norm
@@ -312,10 +310,10 @@ def prepare(config, rank, ranks, device):
 
 def start_ranks(config):
     """(rank, number of ranks, device); starts the process group under torchrun."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(name for name in here if here[name]) if config.device == "auto" else config.device
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    name = here[0] if config.device == "auto" else config.device
     ranks, device = int(os.environ.get("WORLD_SIZE", 1)), torch.device(name)
-    if not here[name]:
+    if name not in here:
         raise ValueError(f"--device {name}: torch finds no such device on this machine; leave the flag out")
     if ranks == 1:
         return 0, 1, device
@@ -388,8 +386,8 @@ def open_run(config, trainer, resume):
 
 
 def report(trainer, row, bar):
-    """Add a line to metrics.csv, a dict of numbers, and show it. It holds no times, so on a CPU a resumed run writes the
-    same one. Raises ValueError where too many clips could not be read."""
+    """Add a line to metrics.csv, a dict of numbers without times, so that on a CPU a resumed run writes the same file;
+    and show it. Raises ValueError where too many clips could not be read."""
     config, broken = trainer.config, Path(trainer.config.out) / "unreadable.txt"
     trainer.metrics = (trainer.metrics or ",".join(row) + "\n") + ",".join(map(str, row.values())) + "\n"
     write_file(broken.with_name("metrics.csv"), trainer.metrics.encode())
@@ -433,7 +431,7 @@ def run_steps(trainer, batches, start, rank):
 
 
 def train(config, resume=False):
-    """Run a Config to its end, or to a signal; returns 0, or that signal's number."""
+    """Run a Config to its end, or to a signal; returns the exit status, 0 or 128 + that signal's number."""
     rank, ranks, device = start_ranks(config)
     trainer, batches = prepare(config, rank, ranks, device)
     folder = Path(config.out)
@@ -457,7 +455,7 @@ def train(config, resume=False):
         print(f"run folder: {folder}")
     if ranks > 1:
         dist.destroy_process_group()
-    return stopping
+    return 128 + stopping if stopping else 0
 
 
 def finish(trainer, folder):
@@ -524,8 +522,7 @@ def main(arguments=None):
     if flags.list:
         print(objective_list())
         return 0
-    stopped = train(config, flags.resume)
-    return 128 + stopped if stopped else 0
+    return train(config, flags.resume)
 
 
 if __name__ == "__main__":
