@@ -121,9 +121,6 @@ def last_level(encoder, clips):
     return encoder(data.normalise(clips.to(encoder.video.device)))[..., -width:].clone()  # a view would keep all levels
 
 
-# ----------------------------------------------------------------------------------------------------------- heads
-
-
 class Labelled(NamedTuple):
     """What a head learns from, or is tested on."""
     features: object  # [n, N, D], N = 1 where pooled: a tensor, or `Stored`
@@ -142,9 +139,8 @@ class Labelled(NamedTuple):
 class LinearHead(nn.Module):
     """One linear layer on the mean of a clip's tokens [n, N, D]: the study's linear head, as it is.
 
-    `standardise` makes it the head of our own probes, which brings each channel to mean 0 and deviation 1 first. Frozen
-    features differ in scale by orders of magnitude, and an untrained encoder's hardly differ between clips: one
-    learning rate cannot suit them all, so the plain head measures scale, too.
+    `standardise` makes it the head of our own probes, which brings each channel to mean 0 and deviation 1 first: frozen
+    features differ in scale by orders of magnitude, no learning rate suits all, and the plain head measures scale, too.
     """
 
     def __init__(self, width, classes):
@@ -203,16 +199,6 @@ def train_head(head, train, recipe, seed, device, progress=""):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return head
-
-
-@torch.no_grad()
-def top1(head, test, device):
-    """Top-1 % of a trained head on the clips `test`."""
-    scores = torch.cat([head(test.read(rows, device)) for rows in torch.arange(len(test.labels)).split(64)])
-    if not scores.isfinite().all():
-        raise ValueError("what the head computes is not finite: it diverged, or had too few clips to learn from")
-    return 100 * (scores.argmax(-1).cpu() == test.labels).double().mean().item()
 
 
 def draw_shots(labels, shots, seed):
@@ -237,7 +223,12 @@ def accuracies(recipe, train, test, seeds, device, shots=0, progress=""):
         if recipe.head == "standardised":
             head.standardise(train.features)
         shown = train._replace(labels=draw_shots(train.labels, shots, seed)) if shots else train
-        found.append(top1(train_head(head.to(device), shown, recipe, seed, device, progress), test, device))
+        train_head(head.to(device), shown, recipe, seed, device, progress)
+        with torch.no_grad():
+            scores = torch.cat([head(test.read(rows, device)) for rows in torch.arange(len(test.labels)).split(64)])
+        if not scores.isfinite().all():
+            raise ValueError("what the head computes is not finite: it diverged, or had too few clips to learn from")
+        found.append(100 * (scores.argmax(-1).cpu() == test.labels).double().mean().item())
     return found
 
 
@@ -255,8 +246,7 @@ def held_out(encoder, config, count):
 def shape_features(encoder, shapes, count, about, keep=None):
     """Moving shapes as an encoder sees them: tokens, float16 [count, N, D] on the CPU, and their means, [count, 1, D].
 
-    keep: bool [count], the clips whose tokens are wanted, None for all. At the paper's size tokens take most of the
-    memory; rows that are never written take none.
+    keep: bool [count], the clips whose tokens are wanted, None for all. Rows that are never written take no memory.
     """
     means, tokens = [], None
     for items in tqdm(torch.arange(count).split(64), desc=f"features of {about}", leave=False, disable=None):
@@ -346,15 +336,14 @@ def encoder_fingerprint(encoder):
 
 class Stored(NamedTuple):
     """Features in files, of which only the rows that are asked for are ever in memory."""
-    chunks: list  # tensors [up to CHUNK, N, D], float16, mapped to their files
-    rows: list  # (chunk, row in it) of each clip
+    clips: list  # of each clip [N, D], float16, mapped to its file
 
     @property
     def shape(self):
-        return len(self.rows), *self.chunks[self.rows[0][0]].shape[1:]
+        return len(self.clips), *self.clips[0].shape
 
     def __getitem__(self, rows):
-        return torch.stack([self.chunks[chunk][row] for chunk, row in (self.rows[row] for row in rows)])
+        return torch.stack([self.clips[row] for row in rows])
 
 
 def open_chunk(path):
@@ -401,13 +390,9 @@ def extract(frozen, source, name, pooled, workers):
     if unreadable:
         print(f"{len(unreadable):,} of {len(source):,} clips of {name} cannot be read and are left out; to try them "
               f"again, delete {folder}")
-    rows = [(i, row) for i, chunk in enumerate(chunks) for row in range(len(chunk["features"]))]
-    labels = [label for item, label in enumerate(source.labels) if item not in unreadable]
-    features = Labelled(Stored([chunk["features"] for chunk in chunks], rows), torch.tensor(labels))
-    return features, {"clips": len(labels), "unreadable": [*unreadable.values()], "identity": identity}
-
-
-# ---------------------------------------------------------------------------------------------------------- results
+    labels = torch.tensor([label for item, label in enumerate(source.labels) if item not in unreadable])
+    clips = Labelled(Stored([tokens for chunk in chunks for tokens in chunk["features"]]), labels)
+    return clips, {"clips": len(labels), "unreadable": [*unreadable.values()], "identity": identity}
 
 
 def draw_episodes(train_labels, test_labels, way, shot, episodes, seed):
@@ -496,9 +481,6 @@ def evaluate(frozen, name, sources, flags):
     print(f"written to {path}")
 
 
-# --------------------------------------------------------------------------------------------------------- command
-
-
 def parse(arguments):
     """The command line. Flags that are wrong, or do not go together, end with argparse's message."""
     def numbers(text):
@@ -552,16 +534,16 @@ def parse(arguments):
          stopped="stopped; the same command goes on with the features that are done")
 def main(arguments=None):
     flags = parse(arguments)
-    frozen = open_frozen(flags, flags.untrained is not None)
-    own, frames, crop = flags.train_list, frozen.config["frames"], frozen.config["crop"]
-    name, *sources = open_sources(flags, frames, crop)
+    untrained, own = flags.untrained is not None, flags.train_list
+    frozen = open_frozen(flags, untrained)
+    name, *sources = open_sources(flags, frozen.config["frames"], frozen.config["crop"])
     print(frozen.about)
     if not (flags.benchmark or own):
-        show_shapes({"untrained" if flags.untrained is not None else "encoder": probe_shapes(
-            frozen.encoder, frozen.config, flags.clips, flags.seed, flags.shots or [LABELS])}, flags.clips)
+        found = probe_shapes(frozen.encoder, frozen.config, flags.clips, flags.seed, flags.shots or [LABELS])
+        show_shapes({"untrained" if untrained else "encoder": found}, flags.clips)
     if own and not (flags.shots or flags.episodes):
         flags.shots = [0, LABELS]
-    for each in [frozen] + [open_frozen(flags, True)] * bool(own and flags.untrained is None):
+    for each in [frozen] + [open_frozen(flags, True)] * bool(own and not untrained):
         evaluate(each, name, sources, flags)
 
 
