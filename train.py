@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -35,11 +35,18 @@ PRESETS = {
     # The study's context loss begins at step 15,000, which this regime never reaches.
     "blobs": dict(STUDY, frames=8, crop=128, fps=4, batch=16, steps=5000, ctx_weight=0.0),
 }
+# Where a run runs, when it saves and when it gives up: settings that do not change what it computes.
+NOT_COMPUTED = ("out", "device", "compile", "workers", "save_every", "max_broken")
 
 
 def setting(default, meaning, least=None, most=10 ** 9, choices=None):
-    """A field of `Config`, and so a flag."""
-    return field(default=default, metadata=dict(help=f"{meaning} [{default}]", least=least, most=most, choices=choices))
+    """A field of `Config`, and so a flag: its metadata is what argparse is told of it."""
+    kind = type(default)
+    how = dict(type=kind if least is None else number(least, most, kind), choices=choices,
+               metavar=kind.__name__.upper())
+    if kind is bool or default is None:
+        how = dict(action=argparse.BooleanOptionalAction)
+    return field(default=default, metadata=dict(how, default=None, help=f"{meaning} [{default}]"))
 
 
 @dataclass
@@ -326,21 +333,18 @@ def start_ranks(config):
     return dist.get_rank(), ranks, device
 
 
-class StopSignal:
+class StopSignal(ExitStack):
     """Remembers Ctrl-C and SIGTERM, so that the loop ends after a whole step. The same one again ends at once."""
+    received = 0
 
     def __enter__(self):
-        self.received = 0
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        for each in (signal.SIGINT, signal.SIGTERM):
+            self.callback(signal.signal, each, signal.signal(each, self.receive))  # at the end, what was before
         return self
 
     def receive(self, received, frame):
         self.received = received
         signal.signal(received, signal.SIG_DFL)
-
-    def __exit__(self, *error):
-        for each, handler in self.before.items():
-            signal.signal(each, handler)
 
     def agreed(self):
         """The signal, on all ranks if it reached any: one that stopped alone would leave the others waiting."""
@@ -348,10 +352,6 @@ class StopSignal:
         if dist.is_initialized():
             dist.all_reduce(received, op=dist.ReduceOp.MAX)
         return received.item()
-
-
-# Where a run runs, when it saves and when it gives up: settings that do not change what it computes.
-NOT_COMPUTED = ("out", "device", "compile", "workers", "save_every", "max_broken")
 
 
 def open_run(config, trainer, resume):
@@ -483,13 +483,7 @@ def parse(arguments):
     parser.add_argument("--list", action="store_true", help="print the named objectives and stop")
     parser.add_argument("--resume", action="store_true", help="continue the run in its folder")
     for item in fields(Config):
-        how, name = item.metadata, "--" + item.name.replace("_", "-")
-        if item.type is bool:
-            parser.add_argument(name, help=how["help"], default=None, action=argparse.BooleanOptionalAction)
-        else:
-            kind = item.type if how["least"] is None else number(how["least"], how["most"], item.type)
-            parser.add_argument(name, help=how["help"], type=kind, choices=how["choices"],
-                                metavar=item.type.__name__.upper())
+        parser.add_argument("--" + item.name.replace("_", "-"), **item.metadata)
     flags = parser.parse_args(arguments)
     chosen = {item.name: getattr(flags, item.name) for item in fields(Config) if getattr(flags, item.name) is not None}
     config = Config(**{**PRESETS[chosen.get("preset", Config.preset)], **chosen})
