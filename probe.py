@@ -39,6 +39,9 @@ BLOB_CLIPS = [160, 40]  # to train on, to test on, as in the study
 LABELS, DRAWS = 5, 5  # labelled clips per class, and how often they are drawn
 EPISODES, QUERIES = 600, 15  # and test clips per class of an episode, or as many as there are
 FEWEST_CLIPS = 192  # of the moving shapes
+FEW_FACTORS, LINEAR_FACTORS = ("direction", "motion", "appearance"), ("direction", "speed", "appearance")
+CHUNK = 16  # clips in a file of features
+MOST_CLASSES = 100_000  # a head has an output for each; a larger label is a date or an identifier
 
 
 class Recipe(NamedTuple):
@@ -60,8 +63,6 @@ BENCHMARKS = {  # the study's; which frames and which resizing: data.py
 }
 FEW = Recipe("attentive", False, 1e-3, 32, steps=150)  # for few labels
 LINEAR = Recipe("standardised", True, 3e-3, 256, 40)  # for all labels; why not the plain one: `LinearHead`
-
-# -------------------------------------------------------------------------------------------------- frozen encoders
 
 
 class Frozen(NamedTuple):
@@ -203,9 +204,7 @@ def train_head(head, train, recipe, seed, device, progress=""):
 
 def draw_shots(labels, shots, seed):
     """Labels [n] with all but `shots` of each class hidden (-1); all stay where a class has no more.
-
-    Depends on labels and seed alone, so that every encoder meets the same clips; what few shots show, more show too.
-    """
+    Depends on labels and seed alone, so all encoders meet the same clips; what few shots show, more show too."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     shown = torch.full_like(labels, -1)
     for label in labels.unique():
@@ -232,11 +231,6 @@ def accuracies(recipe, train, test, seeds, device, shots=0, progress=""):
     return found
 
 
-# ---------------------------------------------------------------------------------------------------- moving shapes
-
-FEW_FACTORS, LINEAR_FACTORS = ("direction", "motion", "appearance"), ("direction", "speed", "appearance")
-
-
 def held_out(encoder, config, count):
     """Moving shapes that no run trains on: (shapes, how many) to learn from, and a third as many to be tested on."""
     how, device, world = (config["frames"], config["crop"]), encoder.video.device, config.get("world", "default")
@@ -245,9 +239,7 @@ def held_out(encoder, config, count):
 
 def shape_features(encoder, shapes, count, about, keep=None):
     """Moving shapes as an encoder sees them: tokens, float16 [count, N, D] on the CPU, and their means, [count, 1, D].
-
-    keep: bool [count], the clips whose tokens are wanted, None for all. Rows that are never written take no memory.
-    """
+    keep: bool [count], the clips whose tokens are wanted, None for all. Rows that are never written take no memory."""
     means, tokens = [], None
     for items in tqdm(torch.arange(count).split(64), desc=f"features of {about}", leave=False, disable=None):
         features = last_level(encoder, shapes.clips(items))  # (64, N, D)
@@ -292,12 +284,6 @@ def show_shapes(rows, count):
         cells["chance"] = [f"{100 / FACTORS[factor]:5.1f}" for factor in columns]
         for name, row in cells.items():
             print(f"{name:<12}" + "".join(f"{cell:<14}" for cell in row))
-
-
-# ----------------------------------------------------------------------------------------------- features in files
-
-CHUNK = 16  # clips
-MOST_CLASSES = 100_000  # a head has an output for each; a larger label is a date or an identifier
 
 
 def open_sources(flags, frames, crop):
@@ -357,9 +343,8 @@ def open_chunk(path):
 def extract(frozen, source, name, pooled, workers):
     """Last-level features of every clip that can be read, as Labelled, and what a result says of them, a dict.
 
-    They lie in a folder named after what they depend on, below features-NAME, in a file for every `CHUNK` clips: so an
-    extraction that was killed goes on, with the same features to the bit, and other weights, clips or code never meet
-    them. Raises ValueError where no clip can be read, or a feature is not finite.
+    They lie in a folder named after all that they depend on, below features-NAME, in a file for every `CHUNK` clips, so
+    that a killed extraction goes on. Raises ValueError where no clip can be read, or a feature is not finite.
     """
     files = [os.path.exists(path) and (os.path.getsize(path), os.stat(path).st_mtime_ns) for path in source.paths]
     code = [Path(__file__).with_name(each).read_text() for each in ("model.py", "data.py", "synthetic.py")]
@@ -397,9 +382,7 @@ def extract(frozen, source, name, pooled, workers):
 
 def draw_episodes(train_labels, test_labels, way, shot, episodes, seed):
     """The clips of each episode: a list of (support [way, shot] of the training split, query [q] of the test split).
-
-    Depends on the labels and the seed alone. Raises ValueError where there are too few classes.
-    """
+    Depends on the labels and the seed alone. Raises ValueError where there are too few classes."""
     draw = np.random.default_rng(seed)
     support, query = [{label: np.flatnonzero(labels == label) for label in np.unique(labels)}
                       for labels in (np.asarray(train_labels), np.asarray(test_labels))]
@@ -426,10 +409,7 @@ def episode_accuracies(train, test, way, shot, episodes, seed):
 
 def measure(recipe, train, test, flags, device):
     """What the command line asks for: {measurement: {"values": [%], "how": {...}}}.
-
-    "how" ends with a hash of all labels: what is drawn depends on labels and seeds alone, so measurements with equal
-    "how" used the same draws and can be compared in pairs.
-    """
+    Those with equal "how", which ends with a hash of all labels, used the same draws and can be compared in pairs."""
     found, labels = {}, fingerprint(train.labels, test.labels)
     pooled = (train.pool(), test.pool()) if flags.shots or flags.episodes else None
     for shot in (1, 5) if flags.episodes else ():
@@ -450,9 +430,7 @@ def measure(recipe, train, test, flags, device):
 
 def evaluate(frozen, name, sources, flags):
     """Measure what the command line asks for, print it, and write it to results-NAME.json in the encoder's folder.
-
-    Other measurements that this file holds of the same encoder and clips stay in it.
-    """
+    Other measurements that this file holds of the same encoder and clips stay in it."""
     recipe = BENCHMARKS.get(name, BENCHMARKS["diving48"])
     # Other clips than usual, or the untrained encoder, have files of their own.
     name += "-{}-{}".format(*flags.blob_clips) * (name == "blobs" and flags.blob_clips != BLOB_CLIPS)
