@@ -111,6 +111,8 @@ def open_frozen(flags, untrained):
         config = {**config, "frames": flags.frames or config["frames"], "crop": flags.crop or config["crop"]}
         masking = Masking(**checkpoint["definition"]["masking"]) if flags.checkpoint else Masking()
         return Frozen(make_encoder(config, state), config, masking, about, Path(flags.out or folder))
+    except torch.OutOfMemoryError:
+        raise
     except (KeyError, RuntimeError, TypeError):
         raise ValueError(f"{flags.checkpoint} is of another version of model.py; train it again") from None
 
@@ -253,19 +255,20 @@ def shape_features(encoder, shapes, count, about, keep=None):
 def probe_shapes(encoder, config, count, seed=0, shots=(LABELS,), about="the encoder"):
     """What held-out moving shapes tell of an encoder, top-1 %: {k: {factor: [of each draw]}, "linear": {factor: %}}.
 
-    k: an attentive head on all tokens, from k labelled clips per class. "linear": a linear head on their mean, from all
-    `count` clips. Both are tested on a third as many others.
+    k: an attentive head on all tokens, from k labelled clips per class (0, named "all": from `count` clips). "linear":
+    a linear head on their mean, from `count` clips. Both are tested on a third as many others.
     """
     sets, device, draws = held_out(encoder, config, count), encoder.video.device, range(seed, seed + DRAWS)
     labels = [shapes.factors(range(clips)) for shapes, clips in sets]
-    drawn = torch.stack([draw_shots(labels[0][factor], max(shots), draw) >= 0
+    most = count if 0 in shots else max(shots)
+    drawn = torch.stack([draw_shots(labels[0][factor], most, draw) >= 0
                          for factor in FEW_FACTORS for draw in draws]).any(0)
     features = [shape_features(encoder, *each, about, keep) for each, keep in zip(sets, (drawn, None))]
-    found = {str(k): {} for k in shots} | {"linear": {}}
+    found = {str(k or "all"): {} for k in shots} | {"linear": {}}
     for factor in FACTORS:
         few, linear = ([Labelled(each[kind], some[factor]) for each, some in zip(features, labels)] for kind in (0, 1))
         for k in shots if factor in FEW_FACTORS else ():
-            found[str(k)][factor] = accuracies(FEW, *few, draws, device, k, f"{about}, {k} labels: {factor}")
+            found[str(k or "all")][factor] = accuracies(FEW, *few, draws, device, k, f"{about}: {factor}")
         if factor in LINEAR_FACTORS:
             found["linear"][factor], = accuracies(LINEAR, *linear, [seed], device, progress=f"linear: {factor}")
     return found
@@ -354,7 +357,7 @@ def extract(frozen, source, name, pooled, workers):
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder.parent):
         for other in {*folder.parent.iterdir()} - {folder}:
-            shutil.rmtree(other)  # of other weights or clips
+            shutil.rmtree(other, ignore_errors=True)  # of other weights or clips
         missing = [start for start in starts if open_chunk(folder / f"{start}.pt") is None]
         read = data.load([range(start, min(start + CHUNK, len(source))) for start in missing], workers,
                          collate_fn=functools.partial(data.read_all, source=source))

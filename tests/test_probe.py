@@ -352,7 +352,8 @@ def test_episodes_hold_the_right_clips_and_depend_on_labels_and_seed_alone():
         probe.draw_episodes(known, tested, 7, 2, 1, 0)
 
 
-def test_probes_of_moving_shapes_see_the_clips_tokens_and_labels_that_they_name(monkeypatch):
+@pytest.mark.parametrize("shots", [(1, 2), (1, 0)])
+def test_probes_of_moving_shapes_see_the_clips_tokens_and_labels_that_they_name(monkeypatch, shots):
     """Each draw is a head of its seed on the clips of that draw, cut out by hand; no others' tokens are looked at."""
     monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=3))
     monkeypatch.setattr(probe, "LINEAR", probe.LINEAR._replace(epochs=1))
@@ -361,8 +362,8 @@ def test_probes_of_moving_shapes_see_the_clips_tokens_and_labels_that_they_name(
             return whole(*size, **how).fill_(math.nan) if how.get("dtype") is torch.float16 else whole(*size, **how)
         patch.setattr(torch, "empty", empty)
         encoder = probe.make_encoder(CONFIG)
-        found = probe.probe_shapes(encoder, {**CONFIG, "world": "slow"}, 192, seed=3, shots=(1, 2))
-    assert found.keys() == {"1", "2", "linear"}
+        found = probe.probe_shapes(encoder, {**CONFIG, "world": "slow"}, 192, seed=3, shots=shots)
+    assert list(found) == ["1", "2" if shots[1] else "all", "linear"]
     tokens, labels = [], []
     for seed, count in ((probe.HELD_OUT, 192), (probe.HELD_OUT + 1, 64)):
         source = Shapes(4, 16, seed, world="slow")
@@ -373,9 +374,9 @@ def test_probes_of_moving_shapes_see_the_clips_tokens_and_labels_that_they_name(
         labels.append({**factors, "motion": torch.tensor([4 * direction + speed for direction, speed in zip(
             factors["direction"].tolist(), factors["speed"].tolist())])})
     assert {factor: int(labels[0][factor].max()) + 1 for factor in labels[0]} == synthetic.FACTORS
-    for k, factor in itertools.product((1, 2), ("direction", "motion", "appearance")):
-        for draw, value in zip(range(3, 8), found[str(k)][factor], strict=True):
-            shown = probe.draw_shots(labels[0][factor], k, draw) >= 0
+    for k, factor in itertools.product(shots, ("direction", "motion", "appearance")):
+        for draw, value in zip(range(3, 8), found[str(k or "all")][factor], strict=True):
+            shown = probe.draw_shots(labels[0][factor], k or 192, draw) >= 0
             few = (Labelled(tokens[0][shown].half(), labels[0][factor][shown]),
                    Labelled(tokens[1].half(), labels[1][factor]))
             assert [value] == probe.accuracies(probe.FEW, *few, [draw], "cpu")
