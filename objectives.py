@@ -29,32 +29,20 @@ class MaskKind(NamedTuple):
     scale: float
 
 
-SHORT_RANGE, LONG_RANGE = MaskKind(8, 0.15), MaskKind(2, 0.70)
-ASPECT_RATIOS = (0.75, 1.5)
-MAX_REDRAWS = 1000
-
-
 @dataclass(frozen=True)
 class Masking:
-    """How an objective draws its two masks.
-
-    motion_strength s: blocks fall where things move, with probability proportional to (mean motion under block)^s;
-    uniform_share r: the share of blocks that is placed uniformly all the same; first_steps: only the first share of the
-    time steps may be visible, all the rest is predicted (future-predictive); maxima_mixed_up: `motion_map` as released;
-    random_cut: clips are cut to equal counts at random (`--ablate cut`).
-    """
-    motion_strength: float = 0.0
-    uniform_share: float = 0.0
-    first_steps: float = 1.0
-    maxima_mixed_up: bool = False
-    random_cut: bool = False
+    """How an objective draws its two masks."""
+    motion_strength: float = 0.0  # s: a block falls with probability proportional to (mean motion under it)^s
+    uniform_share: float = 0.0  # r: the share of blocks that is placed uniformly all the same
+    first_steps: float = 1.0  # the first share of time steps may be visible, the rest is predicted (future-predictive)
+    maxima_mixed_up: bool = False  # `motion_map` as released
+    random_cut: bool = False  # clips are cut to equal counts at random (`--ablate cut`)
 
     @property
     def kinds(self):
-        """The two masks of a clip: fewer blocks where later time steps are hidden anyway."""
-        if self.first_steps == 1.0:
-            return SHORT_RANGE, LONG_RANGE
-        return SHORT_RANGE._replace(blocks=4), LONG_RANGE._replace(blocks=1)
+        """The short-range and the long-range mask; fewer blocks where later time steps are hidden anyway."""
+        fewer = self.first_steps < 1.0
+        return MaskKind(4 if fewer else 8, 0.15), MaskKind(1 if fewer else 2, 0.70)
 
 
 def motion_map(clips, grid, maxima_mixed_up=False):
@@ -87,10 +75,9 @@ def middle_pixels(clips, grid):
 
 
 def draw_block_size(kind, grid, generator):
-    """Draw the height and width (rows, columns) of a block: the kind's share of the frame, at a random aspect ratio."""
+    """Draw the rows and columns of a block: the kind's share of the frame, at an aspect ratio from 0.75 to 1.5."""
     _, h, w = grid
-    low, high = ASPECT_RATIOS
-    aspect = low + (high - low) * torch.rand((), generator=generator).item()
+    aspect = 0.75 + 0.75 * torch.rand((), generator=generator).item()
     cells = int(h * w * kind.scale)
     return min(h, max(1, round(math.sqrt(cells * aspect)))), min(w, max(1, round(math.sqrt(cells / aspect))))
 
@@ -99,7 +86,7 @@ def place_blocks(kind, size, grid, masking, motion, generator):
     """The mask of one clip: bool [t, h, w], True where masked. motion: [t, h, w], or None for uniform placement."""
     t, h, w = grid
     rows, columns = size
-    corners = (h - rows + 1, w - columns + 1)
+    corners = (h - rows + 1, w - columns + 1)  # places for the top left corner
     weights = None
     if motion is not None:
         # Blocks span all time steps, so the mean under a block is the mean over time of a sliding window.
@@ -122,8 +109,9 @@ def place_blocks(kind, size, grid, masking, motion, generator):
 
 def cut_to(tokens, count, generator=None):
     """The first `count` of a clip's sorted token ids or, with a generator, as many of them at random, sorted."""
-    order = None if generator is None else torch.randperm(len(tokens), generator=generator)[:count].sort().values
-    return tokens[:count] if order is None else tokens[order]
+    if generator is None:
+        return tokens[:count]
+    return tokens[torch.randperm(len(tokens), generator=generator)[:count].sort().values]
 
 
 def sample_masks(batch, grid, masking, generator, motion=None, sizes=None):
@@ -131,16 +119,15 @@ def sample_masks(batch, grid, masking, generator, motion=None, sizes=None):
 
     One block size per mask for the whole batch, positions per clip. A clip with nothing left to see is drawn again;
     then all clips are cut to the batch's smallest counts, dropping the end of the raster order, that is late time steps
-    (README, departure 13). Future-predictive masks lose none: what is not visible is predicted.
-    sizes: a generator for block sizes alone, where several micro-batches of a step need the same ones.
-    Raises ValueError where the grid is too small for the blocks.
+    (README, departure 13). Future-predictive masks lose none: what is not visible is predicted. sizes: a generator of
+    block sizes alone, equal for all micro-batches of a step. Raises ValueError where the grid is too small for blocks.
     """
     masks, tokens = [], torch.arange(math.prod(grid))
     at_random = torch.Generator().manual_seed(generator.initial_seed() + 1) if masking.random_cut else None
     for kind in masking.kinds:
         size, hidden = draw_block_size(kind, grid, sizes or generator), []
         for i in range(batch):
-            for _ in range(MAX_REDRAWS):
+            for _ in range(1000):
                 mask = place_blocks(kind, size, grid, masking, None if motion is None else motion[i], generator)
                 if not mask.all():
                     break
@@ -214,11 +201,6 @@ def mean_over_masks(outputs, errors):
     return total / used.clamp(min=1)
 
 
-def one_step_later(tokens, grid):
-    """Ids [B, n] of the tokens one time step later at the same place; in range but meaningless for the last step."""
-    return (tokens + grid[1] * grid[2]).clamp(max=math.prod(grid) - 1)
-
-
 def find_pairs(visible, grid):
     """Where each visible token's next time step stands among the visible ones, and whether it is there: (index [B, n],
     is_pair [B, n]). Where is_pair is False the index points at some other token."""
@@ -227,10 +209,11 @@ def find_pairs(visible, grid):
     return index, visible.gather(1, index) == wanted
 
 
-def target_change(outputs, mask):
-    """H+ - H at a mask's visible tokens: [B, n, 4D]. Only meaningful where there is a next time step."""
-    h = outputs.h.detach()
-    return take(h, one_step_later(mask.visible, outputs.grid)) - take(h, mask.visible)
+def now_and_next(values, tokens, grid):
+    """values [B, N, C] at token ids [B, n], and one time step later at the same place, which means nothing after the
+    last time step: [B, n, C] each. Of the detached targets these are H and H+."""
+    later = (tokens + grid[1] * grid[2]).clamp(max=math.prod(grid) - 1)
+    return take(values, tokens), take(values, later)
 
 
 def appearance_and_dynamics(z, ratio=0.5):
@@ -261,11 +244,11 @@ def prediction_loss(outputs, squared=False):
 
 def distance_to_masked(visible, masked, grid):
     """Distance in grid units from each visible token [B, n] to the clip's nearest masked one [B, k]: [B, n]."""
-    def position(tokens):
-        _, h, w = grid
-        return torch.stack((tokens // (h * w), tokens // w % h, tokens % w), dim=-1).float()
+    _, h, w = grid
+    places = [torch.stack((tokens // (h * w), tokens // w % h, tokens % w), dim=-1).float()
+              for tokens in (visible, masked)]
     # The matrix-product shortcut of cdist would round the squares of small whole numbers.
-    return torch.cdist(position(visible), position(masked), compute_mode="donot_use_mm_for_euclid_dist").amin(-1)
+    return torch.cdist(*places, compute_mode="donot_use_mm_for_euclid_dist").amin(-1)
 
 
 def context_loss(outputs, squared=False):
@@ -281,14 +264,10 @@ def context_loss(outputs, squared=False):
 # ------------------------------------------------------------------------------------------------ auxiliary terms
 
 
-def hard_weights(error, temperature=1.0):
-    """w = k softmax(e / temperature) over the k masked tokens of a clip: e [B, k] -> [B, k], mean 1, no gradient."""
-    return error.shape[1] * torch.softmax(error.detach() / temperature, dim=1)
-
-
-def masked_errors(outputs):
-    """e = |p - h[masked]| for each mask: a list of [B, k]."""
-    return [(mask.p - take(outputs.h, mask.masked)).abs().mean(-1) for mask in outputs.masks]
+def hard_weights(outputs, temperature):
+    """w and e of `hard_weighting` for each mask: a list of (w, e), [B, k] each; the mean of w is 1."""
+    errors = [(mask.p - take(outputs.h, mask.masked)).abs().mean(-1) for mask in outputs.masks]
+    return [(e.shape[1] * torch.softmax(e.detach() / temperature, dim=1), e) for e in errors]
 
 
 def hard_weighting(outputs, temperature=1.0):
@@ -296,22 +275,22 @@ def hard_weighting(outputs, temperature=1.0):
 
     No gradient runs through w. With e of order 1 and temperature 1 the weights stay close to uniform.
     """
-    errors = masked_errors(outputs)
-    return sum((hard_weights(error, temperature) * error).mean() for error in errors) / len(errors)
+    return sum((w * e).mean() for w, e in hard_weights(outputs, temperature)) / len(outputs.masks)
 
 
 @torch.no_grad()
 def hard_share(outputs, temperature=1.0):
     """Uniformity of the weights of `hard_weighting`, 1 at most: effective sample size / k = (sum w)^2 / (k sum w^2)."""
-    weights = [hard_weights(error, temperature) for error in masked_errors(outputs)]
-    return sum((weight.mean(1).square() / weight.square().mean(1)).mean() for weight in weights) / len(weights)
+    shares = [(w.mean(1).square() / w.square().mean(1)).mean() for w, _ in hard_weights(outputs, temperature)]
+    return sum(shares) / len(shares)
 
 
 def change_matching(outputs):
     """Change matching: mean |(Z+ - Z) - (H+ - H)| over pairs."""
     def errors(mask):
         index, is_pair = find_pairs(mask.visible, outputs.grid)
-        return (take(mask.z, index) - mask.z - target_change(outputs, mask)).abs().mean(-1), is_pair
+        now, then = now_and_next(outputs.h.detach(), mask.visible, outputs.grid)  # (B, n, 4D) each
+        return (take(mask.z, index) - mask.z - (then - now)).abs().mean(-1), is_pair
     return mean_over_masks(outputs, errors)
 
 
@@ -325,7 +304,8 @@ def latent_dynamics(outputs, head, dynamics_only=False, hard=False, temperature=
     def errors(mask):
         _, is_pair = find_pairs(mask.visible, outputs.grid)
         seen = appearance_and_dynamics(mask.z)[1] if dynamics_only else mask.z
-        error = (head(seen) - target_change(outputs, mask)).abs().mean(-1)  # (B, n)
+        now, then = now_and_next(outputs.h.detach(), mask.visible, outputs.grid)  # (B, n, 4D) each
+        error = (head(seen) - (then - now)).abs().mean(-1)  # (B, n)
         if hard:
             # Weights of mean 1 over a mask's pairs, so that `mean_over_masks` still takes an average.
             score = (error.detach() / temperature).masked_fill(~is_pair, torch.finfo(error.dtype).min)
@@ -392,8 +372,7 @@ def latent_temporal_contrast(outputs, margin=0.5):
     """Latent temporal contrast: mean max(0, margin - cos(Z, H) + cos(Z, H+)) over pairs."""
     def errors(mask):
         _, is_pair = find_pairs(mask.visible, outputs.grid)
-        h, later = outputs.h.detach(), one_step_later(mask.visible, outputs.grid)
-        now, then = take(h, mask.visible), take(h, later)  # (B, n, 4D) each
+        now, then = now_and_next(outputs.h.detach(), mask.visible, outputs.grid)  # (B, n, 4D) each
         closeness = F.cosine_similarity(mask.z, now, dim=-1) - F.cosine_similarity(mask.z, then, dim=-1)  # (B, n)
         return (margin - closeness).clamp(min=0), is_pair
     return mean_over_masks(outputs, errors)
@@ -411,9 +390,9 @@ def action_conditioned(outputs, head, dynamics_only=False):
 
     def errors(mask):
         _, is_pair = find_pairs(mask.visible, outputs.grid)
-        target = take(rgb, one_step_later(mask.visible, outputs.grid)) - take(rgb, mask.visible)  # (B, n, 3)
+        now, then = now_and_next(rgb, mask.visible, outputs.grid)  # (B, n, 3) each
         seen = appearance_and_dynamics(mask.z)[1] if dynamics_only else mask.z
-        return (head(seen) - target).abs().mean(-1), is_pair
+        return (head(seen) - (then - now)).abs().mean(-1), is_pair
     return mean_over_masks(outputs, errors)
 
 
@@ -477,7 +456,7 @@ def hamiltonian(outputs, head, dt=0.1):
     def errors(mask):
         q, p = mask.z.chunk(2, dim=-1)  # (B, n, 2D) each
         _, is_pair = find_pairs(mask.visible, outputs.grid)
-        target = take(outputs.h.detach(), one_step_later(mask.visible, outputs.grid))  # (B, n, 4D)
+        _, target = now_and_next(outputs.h.detach(), mask.visible, outputs.grid)  # (B, n, 4D)
         q_target, p_target = target.chunk(2, dim=-1)
         q = q + dt * energy_gradient(head, q, p)[1]
         p = p - dt * energy_gradient(head, q, p)[0]
@@ -514,10 +493,9 @@ TERMS = {
 
 
 def mlp(*widths):
-    layers = [nn.Linear(widths[0], widths[1])]
-    for wide, narrow in zip(widths[1:], widths[2:]):
-        layers += [nn.GELU(), nn.Linear(wide, narrow)]
-    return nn.Sequential(*layers)
+    """Linear layers from each width to the next, GELU between them."""
+    layers = [layer for pair in zip(widths, widths[1:]) for layer in (nn.GELU(), nn.Linear(*pair))]
+    return nn.Sequential(*layers[1:])
 
 
 # The heads: small networks of a term's own, trained along with it. `seen` channels go in: all 4D, or the dynamics.
