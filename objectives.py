@@ -87,16 +87,15 @@ def place_blocks(kind, size, grid, masking, motion, generator):
     t, h, w = grid
     rows, columns = size
     corners = (h - rows + 1, w - columns + 1)  # places for the top left corner
-    weights = None
+    guided = False
     if motion is not None:
         # Blocks span all time steps, so the mean under a block is the mean over time of a sliding window.
         mean_under_block = F.avg_pool2d(motion.mean(0, keepdim=True), size, stride=1).flatten()
         weights = mean_under_block ** masking.motion_strength
-        if not weights.sum() > 0:  # nothing moves in this clip
-            weights = None
+        guided = weights.sum() > 0  # else nothing moves in this clip
     masked = torch.zeros(grid, dtype=torch.bool)
     for _ in range(kind.blocks):
-        if weights is None or torch.rand((), generator=generator).item() < masking.uniform_share:
+        if not guided or torch.rand((), generator=generator).item() < masking.uniform_share:
             corner = torch.randint(corners[0] * corners[1], (), generator=generator).item()
         else:
             corner = torch.multinomial(weights, 1, generator=generator).item()
@@ -107,11 +106,14 @@ def place_blocks(kind, size, grid, masking, motion, generator):
     return masked
 
 
-def cut_to(tokens, count, generator=None):
-    """The first `count` of a clip's sorted token ids or, with a generator, as many of them at random, sorted."""
-    if generator is None:
-        return tokens[:count]
-    return tokens[torch.randperm(len(tokens), generator=generator)[:count].sort().values]
+def equal_counts(masks, generator=None):
+    """The token ids at which each clip's mask [N] is True, as many as the clip with the fewest has: [B, count], sorted.
+    The first ones are kept or, with a generator, random ones."""
+    tokens = [mask.nonzero().squeeze(1) for mask in masks]
+    if generator is not None:
+        tokens = [ids[torch.randperm(len(ids), generator=generator)] for ids in tokens]
+    count = min(map(len, tokens))
+    return torch.stack([ids[:count].sort().values for ids in tokens])
 
 
 def sample_masks(batch, grid, masking, generator, motion=None, sizes=None):
@@ -122,7 +124,7 @@ def sample_masks(batch, grid, masking, generator, motion=None, sizes=None):
     (README, departure 13). Future-predictive masks lose none: what is not visible is predicted. sizes: a generator of
     block sizes alone, equal for all micro-batches of a step. Raises ValueError where the grid is too small for blocks.
     """
-    masks, tokens = [], torch.arange(math.prod(grid))
+    masks = []
     at_random = torch.Generator().manual_seed(generator.initial_seed() + 1) if masking.random_cut else None
     for kind in masking.kinds:
         size, hidden = draw_block_size(kind, grid, sizes or generator), []
@@ -135,12 +137,10 @@ def sample_masks(batch, grid, masking, generator, motion=None, sizes=None):
                 raise ValueError(f"no mask of {kind.blocks} blocks of {size[0]}x{size[1]} tokens leaves anything "
                                  f"visible on a token grid of {grid}; use a larger crop or smaller patches")
             hidden.append(mask.flatten())
-        fewest = min(int((~mask).sum()) for mask in hidden)
-        visible = torch.stack([cut_to(tokens[~mask], fewest, at_random) for mask in hidden])  # (B, n)
+        visible = equal_counts([~mask for mask in hidden], at_random)  # (B, n)
         if masking.first_steps < 1.0:
-            hidden = torch.ones(batch, len(tokens), dtype=torch.bool).scatter(1, visible, False)
-        fewest = min(int(mask.sum()) for mask in hidden)
-        masks.append((visible, torch.stack([cut_to(tokens[mask], fewest, at_random) for mask in hidden])))  # (B, k)
+            hidden = torch.ones(batch, math.prod(grid), dtype=torch.bool).scatter(1, visible, False)
+        masks.append((visible, equal_counts(hidden, at_random)))  # (B, n), (B, k)
     return masks
 
 
@@ -188,10 +188,8 @@ def mean_over_ranks(value):
 
 
 def mean_over_masks(outputs, errors):
-    """Average over masks of the mean error at a mask's valid positions; a mask without any is left out.
-
-    errors(mask) -> (error, valid), both [B, n] (`spectral`: [B, places]). Without a valid position anywhere: zero.
-    """
+    """Average over masks of the mean error at a mask's valid positions; a mask without any is left out, and without
+    any mask it is zero. errors(mask) -> (error, valid), both [B, n] (`spectral`: [B, places])."""
     total, used = 0.0, 0.0
     for mask in outputs.masks:
         error, valid = errors(mask)
@@ -271,10 +269,8 @@ def hard_weights(outputs, temperature):
 
 
 def hard_weighting(outputs, temperature=1.0):
-    """Hard-region weighting: mean(w e), e = |p - h[masked]|, w = k softmax(e / temperature) over the clip's k tokens.
-
-    No gradient runs through w. With e of order 1 and temperature 1 the weights stay close to uniform.
-    """
+    """Hard-region weighting: mean(w e), e = |p - h[masked]|, w = k softmax(e / temperature) over the clip's k tokens,
+    without gradient. With e of order 1 and temperature 1 the weights stay close to uniform."""
     return sum((w * e).mean() for w, e in hard_weights(outputs, temperature)) / len(outputs.masks)
 
 
@@ -383,9 +379,7 @@ def action_conditioned(outputs, head, dynamics_only=False):
 
     dynamics_only: the head a sees the dynamics channels only (with fwm; the study's "fac").
     """
-    t, h, w = outputs.grid
-    _, _, frames, height, width = outputs.clips.shape
-    cell = (frames // t, height // h, width // w)
+    cell = [pixels // tokens for pixels, tokens in zip(outputs.clips.shape[2:], outputs.grid)]
     rgb = F.avg_pool3d(outputs.clips, cell).flatten(2).transpose(1, 2)  # (B, N, 3)
 
     def errors(mask):
@@ -456,8 +450,8 @@ def hamiltonian(outputs, head, dt=0.1):
     def errors(mask):
         q, p = mask.z.chunk(2, dim=-1)  # (B, n, 2D) each
         _, is_pair = find_pairs(mask.visible, outputs.grid)
-        _, target = now_and_next(outputs.h.detach(), mask.visible, outputs.grid)  # (B, n, 4D)
-        q_target, p_target = target.chunk(2, dim=-1)
+        _, then = now_and_next(outputs.h.detach(), mask.visible, outputs.grid)  # (B, n, 4D)
+        q_target, p_target = then.chunk(2, dim=-1)
         q = q + dt * energy_gradient(head, q, p)[1]
         p = p - dt * energy_gradient(head, q, p)[0]
         return (q - q_target).abs().mean(-1) + (p - p_target).abs().mean(-1), is_pair
@@ -465,10 +459,8 @@ def hamiltonian(outputs, head, dt=0.1):
 
 
 def velocity_gate(outputs, percentile=0.5):
-    """Velocity gate, what moves slowly stands still: mean of gate |Z+ - Z| over pairs.
-
-    gate = 1 where v = ||H+ - H|| is at most its quantile among the cells of that clip and time step, else 0.
-    """
+    """Velocity gate, what moves slowly stands still: mean of gate |Z+ - Z| over pairs, gate = 1 where v = ||H+ - H|| is
+    at most its quantile among the cells of that clip and time step, else 0."""
     t, h, w = outputs.grid
     steps = at_least_float32(outputs.h.detach()).unflatten(1, (t, h * w))
     v = steps.diff(dim=1).norm(dim=-1)  # (B, t-1, h*w)
@@ -571,7 +563,6 @@ def without(objective, ingredient):
 FWM = {"fwm_static": Term(0.05), "fwm_orth": Term(0.01)}
 GUIDED = Masking(motion_strength=2.0, uniform_share=0.1)
 STRONGLY_GUIDED = Masking(motion_strength=5.0, uniform_share=0.0)
-ACCELERATION = {"order": 2}
 
 OBJECTIVES = {
     "baseline": Objective("both", "the core loss alone"),
@@ -595,11 +586,11 @@ OBJECTIVES = {
     "kinematic_0_1": Objective("ucf101", "kinematic at a tenth", {"kinematic": Term(0.1)}, ema=False),
     "kinematic_huber": Objective("ucf101", "by a Huber loss", {"kinematic": Term(0.1, {"huber": True})}, ema=False),
     "kinematic_accel": Objective("ucf101", "targets accelerate little",
-                                 {"kinematic": Term(0.1, ACCELERATION)}, ema=False),
+                                 {"kinematic": Term(0.1, {"order": 2})}, ema=False),
     "kinematic_split": Objective("ucf101", "shallow targets accelerate little",
-                                 {"kinematic": Term(0.1, {**ACCELERATION, "split": 0.5})}, ema=False),
+                                 {"kinematic": Term(0.1, {"order": 2, "split": 0.5})}, ema=False),
     "kinematic_anneal": Objective("ucf101", "kinematic_accel, fading out over the run",
-                                  {"kinematic": Term(0.1, ACCELERATION, anneal=True)}, ema=False),
+                                  {"kinematic": Term(0.1, {"order": 2}, anneal=True)}, ema=False),
     "sigreg": Objective("ucf101", "features follow an isotropic Gaussian", {"sigreg": Term(1.0)}),
     "sigreg_no_ema": Objective("ucf101", "sigreg, targets from the encoder itself", {"sigreg": Term(1.0)}, ema=False),
     "hamiltonian": Objective("ucf101", "an energy network moves features in time", {"hamiltonian": Term(1.0)}),
@@ -607,7 +598,7 @@ OBJECTIVES = {
     "future_predictive": Objective("ucf101", "only the first half of the time steps is visible",
                                    masking=Masking(first_steps=0.5)),
     "motion_future": Objective("ucf101", "future_predictive with masks where things move",
-                               masking=Masking(motion_strength=2.0, uniform_share=0.1, first_steps=0.5)),
+                               masking=replace(GUIDED, first_steps=0.5)),
 }
 
 
@@ -618,10 +609,10 @@ def describe(objective):
         options = [option if value is True else f"{option} {value}" for option, value in term.options.items()]
         options += ["annealed"] * term.anneal
         terms.append(f"{term.coefficient:g} {name}" + f" ({', '.join(options)})" * bool(options))
-    strength, share = masking.motion_strength, masking.uniform_share
-    guided = f"motion-guided masks s={strength:g} r={share:g}" * bool(strength)
-    future = f"future-predictive masks {masking.first_steps:g}" * (masking.first_steps < 1)
-    return "; ".join(filter(None, (" + ".join(terms), guided, future, "no EMA" * (not objective.ema)))) or "-"
+    parts = {" + ".join(terms): terms,
+             f"motion-guided masks s={masking.motion_strength:g} r={masking.uniform_share:g}": masking.motion_strength,
+             f"future-predictive masks {masking.first_steps:g}": masking.first_steps < 1, "no EMA": not objective.ema}
+    return "; ".join(part for part, holds in parts.items() if holds) or "-"
 
 
 def objective_list():
