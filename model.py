@@ -9,6 +9,7 @@ Shapes used in every file
 """
 import pickle
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,6 @@ import torch.nn.functional as F
 from torch import nn
 
 LEVELS = 4  # outputs of four evenly spaced blocks
-ROTARY_SPAN = 16  # every crop's rows and columns are stretched over the positions 0..15
 
 
 class Size(NamedTuple):
@@ -52,13 +52,6 @@ def take(features, tokens):
     return features.gather(1, tokens.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
 
 
-def tubelets(clips, grid):
-    """Cut clips [B, 3, T, H, W] into the pixels of each token of a grid (t, h, w): [B, N, 3 * T/t * H/h * W/w]."""
-    t, h, w = grid
-    pixels = clips.unflatten(4, (w, -1)).unflatten(3, (h, -1)).unflatten(2, (t, -1))  # (B, 3, t, T/t, h, H/h, w, W/w)
-    return pixels.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(1, 3).flatten(2)
-
-
 def level_normalise(features):
     """Layer-normalise each of the four levels on its own, without learned scale: [B, n, 4D] -> [B, n, 4D]."""
     levels = features.unflatten(-1, (LEVELS, -1))  # (B, n, 4, D)
@@ -85,9 +78,9 @@ class Rotary(nn.Module):
         """Token ids [B, n] of a grid (t, h, w) -> cosines and sines of the angles, [B, 1, n, head_dim / 2] each."""
         _, h, w = grid
         time, row, column = tokens // (h * w), tokens // w % h, tokens % w  # (B, n) each
-        # Rows and columns span the same 16x16 range at every crop size; time counts raw steps.
-        row = row * ((ROTARY_SPAN - 1) / max(h - 1, 1))
-        column = column * ((ROTARY_SPAN - 1) / max(w - 1, 1))
+        # Rows and columns of every crop are stretched over the positions 0..15; time counts steps.
+        row = row * (15 / max(h - 1, 1))
+        column = column * (15 / max(w - 1, 1))
         position = torch.stack((time.to(row.dtype), row, column), dim=-1)  # (B, n, 3)
         # A sum, not a matrix product: autocast would round the positions of a product to bfloat16.
         angles = (position.unsqueeze(-1) * self.frequencies).sum(-2).unsqueeze(1)  # (B, 1, n, head_dim / 2)
@@ -117,16 +110,6 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, n, width)
 
 
-class MLP(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
@@ -135,7 +118,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = MLP(width)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(width, 4 * width), gelu=nn.GELU(), fc2=nn.Linear(4 * width, width)))
 
     def forward(self, x, rotation):
         x = x + self.attn(self.norm1(x), rotation)
@@ -155,10 +139,8 @@ def initialise(network):
 
 
 class Encoder(nn.Module):
-    """Video ViT: tubelet embedding, optional masking, transformer blocks, four normalised levels.
-
-    No class token, no registers, no absolute positions.
-    """
+    """Video ViT: tubelet embedding, optional masking, transformer blocks, four normalised levels. No class token, no
+    registers, no absolute positions."""
 
     def __init__(self, size, patch, tubelet):
         super().__init__()
@@ -174,7 +156,9 @@ class Encoder(nn.Module):
     def forward(self, clips, visible=None):
         """clips [B, 3, T, H, W], normalised; visible: token ids [B, n], None for all -> features [B, n, 4D]."""
         grid = token_grid(*clips.shape[2:], self.patch, self.tubelet)
-        x = tubelets(clips, grid)  # (B, N, pixels)
+        t, h, w = grid
+        x = clips.unflatten(4, (w, -1)).unflatten(3, (h, -1)).unflatten(2, (t, -1))  # (B, 3, t, T/t, h, H/h, w, W/w)
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(1, 3).flatten(2)  # (B, N, pixels of a token)
         tokens = torch.arange(x.shape[1], device=x.device).unsqueeze(0)  # (1, N)
         if visible is not None:
             x, tokens = take(x, visible), visible  # (B, n, pixels), (B, n)
@@ -225,9 +209,7 @@ UNUSED = {"patch_embed_img.proj.weight", "patch_embed_img.proj.bias", "img_mod_e
 
 def load_tensors(path):
     """What torch.save wrote to a file, as far as that is tensors, numbers and text: no code from the file ever runs.
-
-    Raises FileNotFoundError, or ValueError in one sentence for any other file.
-    """
+    Raises FileNotFoundError, or ValueError in one sentence for any other file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     is_archive = zipfile.is_zipfile(path)
@@ -248,9 +230,9 @@ def load_tensors(path):
 def load_vjepa(path):
     """The encoder of a V-JEPA 2.1 checkpoint, and what it is: {"model", "patch", "tubelet"}.
 
-    The file holds a dict with weights under "ema_encoder", "target_encoder" or "encoder"; the first of these that is
-    there is taken. Every weight must be there and fit, and none may be left over, except those for single images.
-    Raises FileNotFoundError, or ValueError for any other file.
+    The file holds a dict with weights under "ema_encoder", "target_encoder" or "encoder", taken in this order. Every
+    weight must be there and fit, and none may be left over, except those for single images. Raises FileNotFoundError,
+    or ValueError for any other file.
     """
     content = load_tensors(path)
     chosen = next((key for key in ("ema_encoder", "target_encoder", "encoder")
@@ -262,7 +244,8 @@ def load_vjepa(path):
         name = name.removeprefix("module.").removeprefix("backbone.")
         for ours, theirs in THEIR_NAMES.items():
             name = ours + name.removeprefix(theirs) if name.startswith(theirs) else name
-        weights |= {name: weight} if name not in UNUSED else {}
+        if name not in UNUSED:
+            weights[name] = weight
     try:
         width, _, tubelet, patch, _ = weights["embed.weight"].shape
         size = next(name for name, size in SIZES.items() if size.width == width)
