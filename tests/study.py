@@ -44,38 +44,35 @@ from synthetic import WORLDS, command, number, read_json, write_json
 # ---------------------------------------------------------------------------------------------------------- a sweep
 
 
-def load_own(path):
-    """Import a file of your own, which adds to `TERMS`, `HEADS` and `OBJECTIVES`."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+def config_of(flags):
+    """The Config of a run; that of `untrained` is the baseline's."""
+    return train.parse([flag.replace("--objective=untrained", "--objective=baseline") for flag in flags])[0]
 
 
 def one_run(flags, shots):
     """Train as train.py would, probe the encoder, and write study.json into the run folder; returns the exit status."""
-    untrained = "--objective=untrained" in flags
-    config, _ = train.parse(["--objective=baseline" if flag == "--objective=untrained" else flag for flag in flags])
-    folder, count = Path(config.out), config.probe_clips
-    if untrained:
+    config, weights, logged = config_of(flags), None, {}
+    folder, settings = Path(config.out), asdict(config)
+    if "--objective=untrained" in flags:
         folder.mkdir(parents=True, exist_ok=True)
-        encoder, logged = probe.make_encoder(asdict(config)), {}
     else:
         stopped = train.main([*flags, "--resume", "--probe-clips=0"])
         if stopped:
             return stopped
         checkpoint = probe.load_checkpoint(folder / "last.pt")
-        encoder = probe.make_encoder(asdict(config), checkpoint[checkpoint["evaluated"]])
-        logged = logged_numbers(folder / "metrics.csv")
+        weights, logged = checkpoint[checkpoint["evaluated"]], logged_numbers(folder / "metrics.csv")
+    encoder, numbers = probe.make_encoder(settings, weights), {}
     if config.preset == "blobs":
-        numbers = probe_blobs(encoder, asdict(config), shots, folder)
-    else:
-        found = probe.probe_shapes(encoder, asdict(config), count, shots=shots) if count else {}
+        numbers = probe_blobs(encoder, settings, shots, folder)
+    elif config.probe_clips:
+        found = probe.probe_shapes(encoder, settings, config.probe_clips, shots=shots)
         numbers = {f"{kind} {factor}": value for kind, values in found.items() for factor, value in values.items()}
-    write_json(folder / "study.json", {
-        "name": folder.name.rpartition("-seed")[0], "seed": config.seed,
-        "flags": flags_of(config, asdict(train.Config())),
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
-                                 ).stdout.strip(),
-        "machine": machine(), "numbers": numbers | logged})
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout
+    changed = {name: value for name, value in settings.items() if value != getattr(train.Config, name)
+               and name not in (*train.NOT_COMPUTED, "objective", "seed")}
+    write_json(folder / "study.json", {"name": folder.name.rpartition("-seed")[0], "seed": config.seed,
+                                       "flags": changed, "commit": commit.strip(), "machine": machine(),
+                                       "numbers": numbers | logged})
     return 0
 
 
@@ -95,22 +92,15 @@ def probe_blobs(encoder, config, shots, folder):
 def machine():
     """The processor, its vector instructions, threads and torch, which is all that rounding depends on."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    names = [*re.findall("^model name\\s*: (.*)", info, re.M), sys.platform]
     vectors = "AVX-512" if "avx512f" in info else "no AVX-512"
-    return f"{[*names, sys.platform][0]}, {vectors}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def flags_of(config, defaults):
-    """The settings that make a run's numbers and are not the default ones: {flag: value}."""
-    return {name: value for name, value in asdict(config).items()
-            if value != defaults[name] and name not in (*train.NOT_COMPUTED, "objective", "seed")}
+    return f"{names[0]}, {vectors}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def logged_numbers(path):
     """Of a metrics.csv: the last feature_std and effective_rank; first and last `pred`; `hard_share`, where it is."""
-    lines, found = list(csv.DictReader(path.read_text().splitlines())), {}
-    for name in ("feature_std", "effective_rank"):
-        found[name] = float(lines[-1][name])
+    lines = list(csv.DictReader(path.read_text().splitlines()))
+    found = {name: float(lines[-1][name]) for name in ("feature_std", "effective_rank")}
     for name in ("pred", "hard_share"):
         if name in lines[0]:
             values = [float(line[name]) for line in lines]
@@ -126,29 +116,29 @@ def sweep(names, seeds, out, train_flags, own, shots, jobs):
     for name in names:
         if name not in known:
             raise ValueError(f"unknown objective '{name}'; known are {', '.join(known)}")
-    runs = []
-    for seed, name in dict.fromkeys(itertools.product(seeds, names)):
+    runs = {}
+    for seed, name in itertools.product(seeds, names):
         flags = [f"--objective={name}", f"--seed={seed}", *train_flags]
-        config, _ = train.parse([f"--objective={'baseline' if name == 'untrained' else name}", *flags[1:]])
-        run = Path(config.out).name.removeprefix(f"{config.preset}-")
-        run = out / (run.replace("baseline", "untrained", 1) if name == "untrained" else run)
-        runs.append((run, [*flags, f"--out={run}"]))
+        config = config_of(flags)
+        run = out / Path(config.out).name.removeprefix(f"{config.preset}-").replace(config.objective, name, 1)
+        runs[run] = [*flags, f"--out={run}"]
     on_cpu = not torch.cuda.is_available()
     jobs = jobs or (os.cpu_count() if on_cpu else 1)
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if on_cpu else {})}
+    child = [sys.executable, __file__, *(["--with", own] if own else []), "--shots", ",".join(map(str, shots))]
     out.mkdir(parents=True, exist_ok=True)
-    waiting, running, failed = [], {}, []
-    for run, flags in runs:
-        (waiting.append((run, flags)) if not (run / "study.json").exists() else note_result(out, run))
-    with train.StopSignal() as stop, tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run") as bar:
+    finished = [run for run in runs if (run / "study.json").exists()]
+    for run in finished:
+        note_result(out, run)
+    waiting, running, failed = [run for run in runs if run not in finished], {}, []
+    with train.StopSignal() as stop, tqdm(total=len(runs), initial=len(finished), unit="run") as bar:
         try:
             while (running or waiting) and not stop.received:
                 while waiting and len(running) < jobs:
-                    run, flags = waiting.pop(0)
-                    child = [sys.executable, __file__, *(["--with", own] if own else []), "--shots",
-                             ",".join(map(str, shots)), "--child", *flags]
+                    run = waiting.pop(0)
                     with open(f"{run}.log", "w") as log:
-                        running[run] = subprocess.Popen(child, stdout=log, stderr=log, env=environment)
+                        running[run] = subprocess.Popen([*child, "--child", *runs[run]], stdout=log, stderr=log,
+                                                        env=environment)
                 time.sleep(0.2)
                 for run in [run for run, process in running.items() if process.poll() is not None]:
                     status = running.pop(run).returncode
@@ -172,10 +162,10 @@ def sweep(names, seeds, out, train_flags, own, shots, jobs):
 
 def note_result(out, run):
     """Add a run's line to results.jsonl, once."""
-    path, line = out / "results.jsonl", json.dumps(read_json(run / "study.json"))
-    before = path.read_text().splitlines() if path.exists() else []
-    if line not in before:
-        with path.open("a") as file:
+    line = json.dumps(read_json(run / "study.json"))
+    with (out / "results.jsonl").open("a+") as file:
+        file.seek(0)
+        if line not in file.read().splitlines():
             file.write(line + "\n")
 
 
@@ -185,7 +175,8 @@ def note_result(out, run):
 @functools.cache
 def t_distribution(freedom):
     """Angles a, and the share of |t| below sqrt(freedom) tan(a): SciPy is no dependency."""
-    # With t = sqrt(freedom) tan(a) the density of t becomes cos(a)^(freedom - 1), which is easily summed.
+    # With t = sqrt(freedom) tan(a) the density of t becomes cos(a)^(freedom - 1), which is easily summed. Of n values
+    # the freedom is n - 1, and tan(a) their mean in units of np.std, which divides by n.
     angle = np.linspace(0, math.pi / 2, 400_001)
     share = np.cos((angle[1:] + angle[:-1]) / 2) ** (freedom - 1)
     return angle, np.concatenate(([0], share.cumsum())) / share.sum()
@@ -193,24 +184,21 @@ def t_distribution(freedom):
 
 def interval(values):
     """Half the width of the 95 % confidence interval of the mean of values [n], n >= 2, by Student's t."""
-    freedom = len(values) - 1
-    angle, share = t_distribution(freedom)
-    t = math.sqrt(freedom) * math.tan(np.interp(0.95, share, angle))
-    return t * np.std(values, ddof=1) / math.sqrt(len(values))
+    angle, share = t_distribution(len(values) - 1)
+    return math.tan(np.interp(0.95, share, angle)) * np.std(values)
 
 
 def p_value(values):
     """Of a two-sided t-test that the mean of values [n], n >= 2, is zero."""
-    freedom, deviation = len(values) - 1, np.std(values, ddof=1)
-    t = abs(np.mean(values)) * math.sqrt(len(values)) / max(deviation, 1e-12)
-    return 1 - float(np.interp(math.atan(t / math.sqrt(freedom)), *t_distribution(freedom)))
+    angle = math.atan2(abs(np.mean(values)), np.std(values))
+    return 1 - float(np.interp(angle, *t_distribution(len(values) - 1)))
 
 
-def holm(p_values, level=0.05):
-    """Which of several hypotheses, {name: p}, Holm's procedure rejects, so that all stand together at this level."""
+def holm(p_values):
+    """Which of several hypotheses, {name: p}, Holm's procedure rejects, so that all stand together at 5 %."""
     rejected = set()
     for rank, name in enumerate(sorted(p_values, key=p_values.get)):
-        if p_values[name] > level / (len(p_values) - rank):
+        if p_values[name] > 0.05 / (len(p_values) - rank):
             break
         rejected.add(name)
     return rejected
@@ -242,7 +230,6 @@ def bootstrap(first, second, draws=10_000, seed=0):
 COLUMNS = {f"{k} {factor}": f"{factor}, {k} labels" for k in (1, 5, 20) for factor in probe.FEW_FACTORS}
 COLUMNS |= {f"linear {factor}": f"{factor}, linear" for factor in probe.LINEAR_FACTORS}
 LOGGED = ("pred, first", "pred, last", "hard_share, first", "hard_share, mean", "hard_share, last")
-KINEMATIC = [name for name in objectives.OBJECTIVES if name.startswith("kinematic")]
 
 
 def read_results(*paths):
@@ -268,20 +255,12 @@ def read_results(*paths):
     endings = {re.search(rf"(-({'|'.join(WORLDS)}|ema-[\d.]+))*$", name)[0] for name in table}
     if len(endings) == 1:
         table = {name.removesuffix(*endings): runs for name, runs in table.items()}
-    order = ["untrained", *objectives.OBJECTIVES]
-    return dict(sorted(table.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+    return {name: table[name] for name in ("untrained", *objectives.OBJECTIVES) if name in table} | table
 
 
-def runs_of(table, *names):
-    """The runs of these names. Raises ValueError where one has none."""
-    for name in names:
-        if name not in table:
-            raise ValueError(f"there is no run of '{name}' to compare with; there are {', '.join(table)}")
-    return [table[name] for name in names]
-
-
-def is_dead(numbers):
-    return "feature_std" in numbers and train.collapsed(numbers)
+def is_dead(runs):
+    """Whether features have collapsed in every run, {seed: numbers}."""
+    return all("feature_std" in numbers and train.collapsed(numbers) for numbers in runs.values())
 
 
 def mean_cell(runs, column, digits=1):
@@ -291,10 +270,16 @@ def mean_cell(runs, column, digits=1):
     return f"{np.mean(values):.{digits}f}{spread}" if values else "-"
 
 
-def differences(runs, base, column):
-    """What each run has more than the base run of the same seed: a list, over the seeds that both have."""
-    return [numbers[column] - base[seed][column] for seed, numbers in runs.items()
-            if column in numbers and column in base.get(seed, {})]
+def differences(table, reference, columns, *needed):
+    """What runs have more than the reference run of the same seed: {(name, column): a list, over seeds that both have}.
+    Raises ValueError where the reference, or a name that is needed, has no run."""
+    for name in (reference, *needed):
+        if name not in table:
+            raise ValueError(f"there is no run of '{name}' to compare with; there are {', '.join(table)}")
+    base = table[reference]
+    return {(name, column): [numbers[column] - base[seed][column] for seed, numbers in runs.items()
+                             if column in numbers and column in base.get(seed, {})]
+            for name, runs in table.items() if name != reference for column in columns}
 
 
 def difference_cell(values, marked=False):
@@ -306,52 +291,38 @@ def difference_cell(values, marked=False):
     return f"{cell}*" * marked or (cell if abs(np.mean(values)) > half else f"({cell})")
 
 
-def marks(rows, base, columns, least=4):
-    """Which (name, column) stand after Holm's correction over the names within each column; few seeds carry none."""
-    found = set()
-    for column in columns:
-        values = {name: differences(runs, base, column) for name, runs in rows.items()}
-        p_values = {name: p_value(each) for name, each in values.items() if len(each) >= least}
-        found |= {(name, column) for name in holm(p_values)}
-    return found
-
-
 def markdown(columns, rows):
     print("| | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
     for name, cells in rows.items():
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
-def name_cell(name, runs):
-    return f"{name} †" if all(map(is_dead, runs.values())) else name
-
-
 def tables(paths, reference, only):
     """Print the table of means, and the table of differences to a reference run."""
     table = read_results(*paths)
     shown = {name: runs for name, runs in table.items() if not only or name in only}
+    label = {name: f"{name} †" if is_dead(runs) else name for name, runs in table.items()}
     print("Top-1 %, mean ± standard deviation over training seeds; chance is 12.5 for direction and appearance, 3.1 "
           "for motion, 25 for speed.\nn labels: per class, attentive head, mean of 5 draws. linear: linear head on all "
           "labels. †: features have collapsed in every seed, so probes mean nothing.\n")
     measured = {column: about for column, about in COLUMNS.items()
                 if any(column in numbers for runs in table.values() for numbers in runs.values())}
-    columns = [*measured, "effective_rank"]
-    markdown([*(measured.get(column, column) for column in columns), "feature_std", "seeds"], {
-        name_cell(name, runs): [*(mean_cell(runs, column) for column in columns), mean_cell(runs, "feature_std", 3),
-                                str(len(runs))] for name, runs in shown.items()})
-    base, = runs_of(table, reference)
-    families = {"objective": {}, "other form": {}}
-    for name, runs in table.items():
-        if name not in (reference, "untrained"):
-            families["objective" if name in objectives.OBJECTIVES else "other form"][name] = runs
-    stands = set().union(*(marks(rows, base, measured) for rows in families.values()))
+    markdown([*measured.values(), "effective_rank", "feature_std", "seeds"], {
+        label[name]: [*(mean_cell(runs, column) for column in (*measured, "effective_rank")),
+                      mean_cell(runs, "feature_std", 3), str(len(runs))] for name, runs in shown.items()})
+    changes, stands = differences(table, reference, measured), set()
+    known = [name for name in table if name in objectives.OBJECTIVES and name != reference]
+    others = [name for name in table if name not in (*objectives.OBJECTIVES, reference, "untrained")]
+    for family, column in itertools.product((known, others), measured):
+        stands |= holm({(name, column): p_value(changes[name, column]) for name in family
+                        if len(changes[name, column]) > 3})
     print(f"\nDifference from {reference} in points, paired by seed, with 95 % intervals (Student's t, not corrected). "
-          "In brackets: not significant (the interval includes 0).\n*: stands after Holm's correction within its column "
-          f"over {len(families['objective'])} objectives, or {len(families['other form'])} other forms; rows of three "
-          f"seeds carry no mark. {len(measured) * sum(map(len, families.values()))} comparisons.\n")
-    markdown(measured.values(), {name_cell(name, runs): [
-        difference_cell(differences(runs, base, column), (name, column) in stands) for column in measured]
-        for name, runs in shown.items() if name != reference})
+          "In brackets: not significant (the interval includes 0).\n*: stands after Holm's correction within its "
+          f"column over {len(known)} objectives, or {len(others)} other forms; rows of three seeds carry no mark. "
+          f"{len(measured) * len(known + others)} comparisons.\n")
+    markdown(measured.values(), {
+        label[name]: [difference_cell(changes[name, column], (name, column) in stands) for column in measured]
+        for name in shown if name != reference})
     print("\nLogged while training, mean ± standard deviation over seeds\n")
     markdown(LOGGED, {name: [mean_cell(runs, column, 3) for column in LOGGED] for name, runs in shown.items()
                       if name != "untrained"})
@@ -359,46 +330,36 @@ def tables(paths, reference, only):
 
 def answer(paths):
     """Print the primary comparisons, fixed before the runs, and the trade-off of motion with appearance."""
-    table = read_results(*paths)
-    base, *_ = runs_of(table, "baseline", "fwm_hw_ld", "ld")
-    primary = {(name, column): differences(table[name], base, column) for name in ("fwm_hw_ld", "ld")
-               for column in ("5 motion", "5 appearance")}
-    p_values = {key: p_value(values) for key, values in primary.items()}
-    stands = holm(p_values)
+    table, columns = read_results(*paths), ("5 motion", "5 appearance")
+    changes = differences(table, "baseline", columns, "fwm_hw_ld", "ld")
+    p_values = {key: p_value(changes[key]) for key in itertools.product(("fwm_hw_ld", "ld"), columns)}
     print("Difference from baseline in points at 5 labels per class, 95 % interval (not corrected), p; four "
           "comparisons, Holm over them\n")
-    for (name, column), values in primary.items():
-        verdict = "stands" if (name, column) in stands else "does not stand"
-        print(f"{name}, {column.split()[1]}: {np.mean(values):+.1f} ± {interval(values):.1f}, "
-              f"p = {p_values[name, column]:.2g}, {len(values)} seeds: {verdict}")
-    rows = {name: runs for name, runs in table.items() if name in objectives.OBJECTIVES and name != "baseline"}
-    changes = {name: [np.mean(differences(runs, base, column)) for column in ("5 motion", "5 appearance")]
-               for name, runs in rows.items()}
-    together = [changes.pop(name) for name in KINEMATIC if name in changes]
-    changes |= {"kinematic": np.mean(together, axis=0)} if together else {}
+    for (name, column), p in p_values.items():
+        values, verdict = changes[name, column], "stands" if (name, column) in holm(p_values) else "does not stand"
+        print(f"{name}, {column.split()[1]}: {np.mean(values):+.1f} ± {interval(values):.1f}, p = {p:.2g}, "
+              f"{len(values)} seeds: {verdict}")
+    points = {name: [np.mean(changes[name, column]) for column in columns]
+              for name in table if name in objectives.OBJECTIVES and name != "baseline"}
+    together = [points.pop(name) for name in [*points] if name.startswith("kinematic")]
+    points |= {"kinematic": np.mean(together, axis=0)} if together else {}
     print("\nRank correlation over objectives of the change in motion with the change in appearance, the kinematic "
           "ones counted once; 95 % interval by bootstrap over objectives")
-    for about, chosen in (("all", list(changes)), ("living", [name for name in changes if not all(
-            map(is_dead, rows[name].values()))])):
-        pairs = np.array([changes[name] for name in chosen]).T
+    for about, chosen in (("all", [*points]), ("living", [name for name in points if not is_dead(table[name])])):
+        pairs = np.array([points[name] for name in chosen]).T
         low, high = bootstrap(*pairs)
         print(f"{about} {len(chosen)}: {rank_correlation(*pairs):+.2f} [{low:+.2f}, {high:+.2f}]")
 
 
 def agree(first, second):
     """Print how many of the differences that one sweep shows the other shows as well."""
-    found = []
-    for path in (first, second):
-        table = read_results(path)
-        base, = runs_of(table, "baseline")
-        found.append({(name, column): differences(runs, base, column) for name, runs in table.items()
-                      for column in COLUMNS if name not in ("baseline", "untrained")})
-    keys = [key for key in found[0] if len(found[0][key]) > 1 and len(found[1].get(key, ())) > 1]
-    a, b = ({key: (np.mean(each[key]), interval(each[key])) for key in keys} for each in found)
-    shown = [key for key in keys if abs(a[key][0]) > a[key][1]]
-    print(f"{len(shown)} of {len(keys)} differences from the baseline are significant in {first} (95 %, not corrected):"
-          f" {sum(a[key][0] * b[key][0] > 0 for key in shown)} have the same sign in {second}, and "
-          f"{sum(abs(b[key][0]) > b[key][1] for key in shown)} are significant there, too")
+    a, b = (differences(read_results(path), "baseline", COLUMNS) for path in (first, second))
+    both = [(a[key], b[key]) for key in a.keys() & b.keys() if key[0] != "untrained"]
+    both = [(x, y) for x, y in both if min(len(x), len(y)) > 1]
+    shown = [(x, y) for x, y in both if abs(np.mean(x)) > interval(x)]
+    print(f"{len(shown)} of {len(both)} differences from the baseline are significant in {first} (95 %, not corrected):"
+          f" {sum(np.mean(x) * np.mean(y) > 0 for x, y in shown)} have the same sign in {second}, and "
+          f"{sum(abs(np.mean(y)) > interval(y) for _, y in shown)} are significant there, too")
 
 
 # ---------------------------------------------------------------------------------------- results of probe.py, pairs
@@ -412,25 +373,22 @@ def compare(paths):
     """
     if len(paths) % 2:
         raise ValueError(f"--compare has {len(paths)} results; give as many of A as of B, first those of A")
-    found = {path: read_json(Path(path)).get("measurements") for path in paths}
-    for path in paths:
-        if found[path] is None:
-            raise ValueError(f"{path} is missing, or is no result of probe.py")
-    names = [name for name in found[paths[0]] if all(name in found[path] for path in paths)]
+    found, half = [read_json(Path(path)).get("measurements") for path in paths], len(paths) // 2
+    if None in found:
+        raise ValueError(f"{paths[found.index(None)]} is missing, or is no result of probe.py")
+    names = [name for name in found[0] if all(name in each for each in found)]
     if not names:
         raise ValueError(f"{' and '.join(paths)} have no measurement in common")
-    halves = paths[:len(paths) // 2], paths[len(paths) // 2:]
-    print(*(f"A = {a}\nB = {b}" for a, b in zip(*halves)), sep="\n")
-    paired = "draw by draw" if len(paths) == 2 else "run by run"
-    print(f"B - A in points of top-1, paired {paired}, with 95 % intervals")
+    print(*(f"A = {a}\nB = {b}" for a, b in zip(paths[:half], paths[half:])), sep="\n")
+    print(f"B - A in points of top-1, paired {'draw by draw' if half == 1 else 'run by run'}, with 95 % intervals")
     for name in names:
-        odd = [key for key, value in found[paths[0]][name]["how"].items()
-               if any(found[path][name]["how"].get(key) != value for path in paths)]
+        how = [each[name]["how"] for each in found]
+        odd = [key for key, value in how[0].items() if any(other.get(key) != value for other in how)]
         if odd:
             print(f"{name:<36} not comparable: its {', '.join(odd)} differ between results")
             continue
-        a, b = (np.array([found[path][name]["values"] for path in half]) for half in halves)  # (runs, draws) each
-        values = (b - a)[0] if len(a) == 1 else (b - a).mean(1)
+        a, b = (np.array([each[name]["values"] for each in part]) for part in (found[:half], found[half:]))
+        values = (b - a)[0] if half == 1 else (b - a).mean(1)  # a, b: (runs, draws)
         spread = f"± {interval(values):.2f}" if len(values) > 1 else "(one value each: no interval)"
         print(f"{name:<36} {values.mean():+6.2f} {spread}   A {a.mean():.2f}, B {b.mean():.2f}")
 
@@ -462,9 +420,9 @@ def gradients():
     rows = dict(objectives.OBJECTIVES)
     rows |= {f"{name} --as-released": objectives.released_form(objective) for name, objective in rows.items()
              if any(term.options.get("hard") for term in objective.terms.values())}
-    reach = {name: gradient_reach(objective) for name, objective in rows.items()}
     markdown(["encoder", "predictor", "its own head", "target"], {
-        name: [", ".join(names) or "-" for names in reached.values()] for name, reached in reach.items()})
+        name: [", ".join(names) or "-" for names in gradient_reach(objective).values()]
+        for name, objective in rows.items()})
 
 
 @command("study.py", smaller="--jobs", stopped="stopped; the same command goes on from there")
@@ -488,23 +446,19 @@ def main(arguments=None):
     parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     flags, others = parser.parse_known_args(arguments)
     if flags.own:
-        load_own(flags.own)
+        spec = importlib.util.spec_from_file_location(Path(flags.own).stem, flags.own)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))  # adds to `TERMS`, `HEADS` and `OBJECTIVES`
     if flags.child is not None:
         return one_run(flags.child, flags.shots)
     if flags.objective:
         return sweep(flags.objective, flags.seeds, flags.out, others, flags.own, flags.shots, flags.jobs)
     if others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
-    if flags.table:
-        return tables(flags.table, flags.reference, flags.rows)
-    if flags.answer:
-        return answer(flags.answer)
-    if flags.agree:
-        return agree(*flags.agree)
-    if flags.compare:
-        return compare(flags.compare)
-    if flags.gradients:
-        return gradients()
+    modes = {"table": lambda: tables(flags.table, flags.reference, flags.rows), "answer": lambda: answer(flags.answer),
+             "agree": lambda: agree(*flags.agree), "compare": lambda: compare(flags.compare), "gradients": gradients}
+    for mode, run in modes.items():
+        if getattr(flags, mode):
+            return run()
     parser.error("say what to do: --objective, --table, --answer, --agree, --compare or --gradients")
 
 
