@@ -9,9 +9,9 @@
     python tests/study.py --compare A0.json A1.json B0.json B1.json         runs of A, then as many of B, run by run
     python tests/study.py --gradients                                       which loss trains which network
 
-A sweep takes every flag of train.py but --seed and --resume. Each of its runs is a process of its own with one thread
-on a CPU; the line that it adds to results.jsonl holds every number of it: objective, flags, seed, commit, machine, what
-the probes found (a list for each draw of few labels) and what was logged. The objective `untrained` is random weights.
+A sweep takes every flag of train.py but --seed and --resume. Each run is a process of its own, with one thread on a
+CPU; its line of results.jsonl holds its name, flags, seed, commit, machine, what the probes found (a list for each draw
+of few labels) and what was logged. The objective `untrained` is random weights.
 """
 import argparse
 import csv
@@ -56,8 +56,7 @@ def one_run(flags, shots):
     if "--objective=untrained" in flags:
         folder.mkdir(parents=True, exist_ok=True)
     else:
-        stopped = train.main([*flags, "--resume", "--probe-clips=0"])
-        if stopped:
+        if stopped := train.main([*flags, "--resume", "--probe-clips=0"]):
             return stopped
         checkpoint = probe.load_checkpoint(folder / "last.pt")
         weights, logged = checkpoint[checkpoint["evaluated"]], logged_numbers(folder / "metrics.csv")
@@ -109,23 +108,23 @@ def logged_numbers(path):
     return found
 
 
-def sweep(names, seeds, out, train_flags, own, shots, jobs):
-    """Every objective with every seed, `jobs` at a time. What is finished is left alone, what was begun goes on."""
-    known = [*objectives.OBJECTIVES, "untrained"]
-    names = known if names == "all" else names.split(",")
+def sweep(flags, train_flags):
+    """Every objective with every seed, some at a time. What is finished is left alone, what was begun goes on."""
+    known, out = [*objectives.OBJECTIVES, "untrained"], flags.out
+    names = known if flags.objective == "all" else flags.objective.split(",")
     for name in names:
         if name not in known:
             raise ValueError(f"unknown objective '{name}'; known are {', '.join(known)}")
     runs = {}
-    for seed, name in itertools.product(seeds, names):
-        flags = [f"--objective={name}", f"--seed={seed}", *train_flags]
-        config = config_of(flags)
+    for seed, name in itertools.product(flags.seeds, names):
+        run_flags = [f"--objective={name}", f"--seed={seed}", *train_flags]
+        config = config_of(run_flags)
         run = out / Path(config.out).name.removeprefix(f"{config.preset}-").replace(config.objective, name, 1)
-        runs[run] = [*flags, f"--out={run}"]
+        runs[run] = [*run_flags, f"--out={run}"]
     on_cpu = not torch.cuda.is_available()
-    jobs = jobs or (os.cpu_count() if on_cpu else 1)
-    environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if on_cpu else {})}
-    child = [sys.executable, __file__, *(["--with", own] if own else []), "--shots", ",".join(map(str, shots))]
+    jobs = flags.jobs or (os.cpu_count() if on_cpu else 1)
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if on_cpu else {})
+    child = [sys.executable, __file__, f"--with={flags.own}", f"--shots={','.join(map(str, flags.shots))}", "--child"]
     out.mkdir(parents=True, exist_ok=True)
     finished = [run for run in runs if (run / "study.json").exists()]
     for run in finished:
@@ -137,12 +136,10 @@ def sweep(names, seeds, out, train_flags, own, shots, jobs):
                 while waiting and len(running) < jobs:
                     run = waiting.pop(0)
                     with open(f"{run}.log", "w") as log:
-                        running[run] = subprocess.Popen([*child, "--child", *runs[run]], stdout=log, stderr=log,
-                                                        env=environment)
+                        running[run] = subprocess.Popen([*child, *runs[run]], stdout=log, stderr=log, env=environment)
                 time.sleep(0.2)
                 for run in [run for run, process in running.items() if process.poll() is not None]:
-                    status = running.pop(run).returncode
-                    if status:
+                    if status := running.pop(run).returncode:
                         last = (Path(f"{run}.log").read_text().strip().splitlines() or [""])[-1]
                         failed.append(f"{run} failed with exit status {status}; the end of {run}.log: {last}")
                     else:
@@ -196,12 +193,11 @@ def p_value(values):
 
 def holm(p_values):
     """Which of several hypotheses, {name: p}, Holm's procedure rejects, so that all stand together at 5 %."""
-    rejected = set()
-    for rank, name in enumerate(sorted(p_values, key=p_values.get)):
-        if p_values[name] > 0.05 / (len(p_values) - rank):
-            break
-        rejected.add(name)
-    return rejected
+    ordered = sorted(p_values, key=p_values.get)
+    for i, name in enumerate(ordered):
+        if p_values[name] > 0.05 / (len(ordered) - i):
+            return {*ordered[:i]}
+    return {*ordered}
 
 
 def ranks(values):
@@ -219,13 +215,12 @@ def rank_correlation(first, second):
 
 
 def bootstrap(first, second, draws=10_000, seed=0):
-    """The 95 % interval of `rank_correlation`, from drawing the n pairs anew with replacement."""
+    """The 95 % interval of `rank_correlation`, from drawing the n pairs of two arrays anew with replacement."""
     picked = np.random.default_rng(seed).integers(len(first), size=(draws, len(first)))
-    found = rank_correlation(np.asarray(first)[picked], np.asarray(second)[picked])
-    return np.nanquantile(found, [0.025, 0.975]).tolist()
+    return np.nanquantile(rank_correlation(first[picked], second[picked]), [0.025, 0.975]).tolist()
 
 
-# ----------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables and comparisons
 
 COLUMNS = {f"{k} {factor}": f"{factor}, {k} labels" for k in (1, 5, 20) for factor in probe.FEW_FACTORS}
 COLUMNS |= {f"linear {factor}": f"{factor}, linear" for factor in probe.LINEAR_FACTORS}
@@ -234,10 +229,8 @@ LOGGED = ("pred, first", "pred, last", "hard_share, first", "hard_share, mean", 
 
 def read_results(*paths):
     """Lines of results as {name: {seed: numbers}}, lists of draws as their means; objectives in order, then others.
-
-    Names leave out a world and a momentum that all runs share.
-    Raises ValueError where there is none, where runs of one name differ in settings, or a line is damaged.
-    """
+    Names leave out a world and a momentum that all runs share. Raises ValueError where there is no line, where runs of
+    one name differ in settings, or a line is damaged."""
     table, settings = {}, {}
     for path in paths:
         for i, text in enumerate(Path(path).read_text().splitlines(), start=1):
@@ -362,15 +355,10 @@ def agree(first, second):
           f"{sum(abs(np.mean(y)) > interval(y) for _, y in shown)} are significant there, too")
 
 
-# ---------------------------------------------------------------------------------------- results of probe.py, pairs
-
-
 def compare(paths):
-    """Print B - A of every measurement that all results hold: of the first half of the paths and of the second.
-
-    Two results are paired draw by draw. Several runs, of other training seeds, are paired run by run in the order
-    given, each by its mean over draws. A measurement whose draws do not match is named in the place of a difference.
-    """
+    """Print B - A of every measurement that all results of probe.py hold; A is the first half of them, B the second.
+    Two results are paired draw by draw; several runs, of other training seeds, run by run in the order given, each by
+    its mean over draws. A measurement whose draws do not match is named in the place of a difference."""
     if len(paths) % 2:
         raise ValueError(f"--compare has {len(paths)} results; give as many of A as of B, first those of A")
     found, half = [read_json(Path(path)).get("measurements") for path in paths], len(paths) // 2
@@ -399,11 +387,10 @@ def compare(paths):
 def gradient_reach(objective, size=Size(24, 4, 2, predictor_width=16, predictor_depth=1, predictor_heads=2)):
     """Which losses of an objective, taken alone, reach which networks: {"encoder": [names], ...}."""
     torch.manual_seed(0)
-    model, grid = train.JEPA(objective, size, patch=4, tubelet=2), (4, 4, 4)
+    model = train.JEPA(objective, size, patch=4, tubelet=2)
     clips = torch.randint(256, (4, 3, 8, 16, 16), dtype=torch.uint8)
-    generators = (torch.Generator().manual_seed(i) for i in range(2))
-    losses, _ = model(clips, train.masks_of_clips(clips, *generators, grid, objective.masking),
-                      objectives.coefficients(objective, 0, 1))
+    masks = train.masks_of_clips(clips, torch.Generator(), torch.Generator(), (4, 4, 4), objective.masking)
+    losses, _ = model(clips, masks, objectives.coefficients(objective, 0, 1))
     reached = {part: [] for part in ("encoder", "predictor", "heads", "target")}
     for name in [name for name in losses if name not in ("total", "hard_share")]:
         model.zero_grad()
@@ -429,7 +416,7 @@ def gradients():
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--with", dest="own", metavar="FILE", help="a Python file that adds objectives")
+    parser.add_argument("--with", dest="own", metavar="FILE", default="", help="a Python file that adds objectives")
     parser.add_argument("--objective", metavar="A,B,...", help="a sweep of these, or of all")
     parser.add_argument("--seeds", type=lambda text: [number(0)(seed) for seed in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="the folder of a sweep's runs")
@@ -448,13 +435,10 @@ def main(arguments=None):
     if flags.own:
         spec = importlib.util.spec_from_file_location(Path(flags.own).stem, flags.own)
         spec.loader.exec_module(importlib.util.module_from_spec(spec))  # adds to `TERMS`, `HEADS` and `OBJECTIVES`
-    if flags.child is not None:
-        return one_run(flags.child, flags.shots)
-    if flags.objective:
-        return sweep(flags.objective, flags.seeds, flags.out, others, flags.own, flags.shots, flags.jobs)
-    if others:
+    if others and not flags.objective:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
-    modes = {"table": lambda: tables(flags.table, flags.reference, flags.rows), "answer": lambda: answer(flags.answer),
+    modes = {"child": lambda: one_run(flags.child, flags.shots), "objective": lambda: sweep(flags, others),
+             "table": lambda: tables(flags.table, flags.reference, flags.rows), "answer": lambda: answer(flags.answer),
              "agree": lambda: agree(*flags.agree), "compare": lambda: compare(flags.compare), "gradients": gradients}
     for mode, run in modes.items():
         if getattr(flags, mode):
