@@ -135,7 +135,7 @@ def sweep(flags, train_flags):
             while (running or waiting) and not stop.received:
                 while waiting and len(running) < jobs:
                     run = waiting.pop(0)
-                    with open(f"{run}.log", "w") as log:
+                    with open(f"{run}.log", "a") as log:
                         running[run] = subprocess.Popen([*child, *runs[run]], stdout=log, stderr=log, env=environment)
                 time.sleep(0.2)
                 for run in [run for run, process in running.items() if process.poll() is not None]:
@@ -300,10 +300,10 @@ def tables(paths, reference, only):
           "labels. †: features have collapsed in every seed, so probes mean nothing.\n")
     measured = {column: about for column, about in COLUMNS.items()
                 if any(column in numbers for runs in table.values() for numbers in runs.values())}
+    changes, stands = differences(table, reference, measured, *(only or ())), set()
     markdown([*measured.values(), "effective_rank", "feature_std", "seeds"], {
         label[name]: [*(mean_cell(runs, column) for column in (*measured, "effective_rank")),
                       mean_cell(runs, "feature_std", 3), str(len(runs))] for name, runs in shown.items()})
-    changes, stands = differences(table, reference, measured), set()
     known = [name for name in table if name in objectives.OBJECTIVES and name != reference]
     others = [name for name in table if name not in (*objectives.OBJECTIVES, reference, "untrained")]
     for family, column in itertools.product((known, others), measured):
@@ -338,7 +338,7 @@ def answer(paths):
     points |= {"kinematic": np.mean(together, axis=0)} if together else {}
     print("\nRank correlation over objectives of the change in motion with the change in appearance, the kinematic "
           "ones counted once; 95 % interval by bootstrap over objectives")
-    for about, chosen in (("all", [*points]), ("living", [name for name in points if not is_dead(table[name])])):
+    for about, chosen in (("all", [*points]), ("living", [name for name in points if not is_dead(table.get(name, {}))])):
         pairs = np.array([points[name] for name in chosen]).T
         low, high = bootstrap(*pairs)
         print(f"{about} {len(chosen)}: {rank_correlation(*pairs):+.2f} [{low:+.2f}, {high:+.2f}]")
@@ -432,6 +432,8 @@ def main(arguments=None):
     parser.add_argument("--gradients", action="store_true")
     parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     flags, others = parser.parse_known_args(arguments)
+    if flags.own and not flags.own.endswith(".py"):
+        parser.error(f"--with takes a Python file, NAME.py, not {flags.own}")
     if flags.own:
         spec = importlib.util.spec_from_file_location(Path(flags.own).stem, flags.own)
         spec.loader.exec_module(importlib.util.module_from_spec(spec))  # adds to `TERMS`, `HEADS` and `OBJECTIVES`

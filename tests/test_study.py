@@ -119,8 +119,9 @@ def test_tables_hold_means_and_paired_differences_and_mark_what_stands_and_what_
     assert study.main(["--table", path, "--reference", "ld", "--rows", "baseline,fwm"]) == 0
     differences = table_of(capsys.readouterr().out, 1)
     assert list(differences) == ["baseline", "fwm"] and differences["baseline"]["motion, 5 labels"][:5] == "-11.0"
-    assert study.main(["--table", path, "--reference", "fac"]) == 1
-    assert "no run of 'fac' to compare with; there are untrained, baseline" in capsys.readouterr().err
+    for flags in (["--reference", "fac"], ["--rows", "fac"]):
+        assert study.main(["--table", path, *flags]) == 1
+        assert "no run of 'fac' to compare with; there are untrained, baseline" in capsys.readouterr().err
     path = write_lines(tmp_path / "slow.jsonl", {"baseline-slow": [50.0, 51.0], "ld-slow": [61.0, 62.0]}, world="slow")
     assert study.main(["--table", path]) == 0  # a file of another world has the same rows
     assert table_of(capsys.readouterr().out, 1)["ld"]["motion, 5 labels"] == "+11.0 ± 0.0"
@@ -357,7 +358,8 @@ def test_losses_reach_the_networks_that_the_readme_says():
     ([], 2, "say what to do"), (["--table", "x", "--stepz", "3"], 2, "unrecognized arguments: --stepz 3"),
     (["--objective", "baseline", "--stepz", "3"], 2, "unrecognized arguments: --stepz 3"),
     (["--objective", "baseline,mine"], 1, "unknown objective 'mine'; known are baseline"),
-    (["--with", "mine.py", "--objective", "mine"], 1, "mine.py"), (["--table", "nowhere"], 1, "nowhere: No such file"),
+    (["--with", "mine.py", "--objective", "mine"], 1, "mine.py"), (["--with", "mine.txt"], 2, "NAME.py, not mine.txt"),
+    (["--table", "nowhere"], 1, "nowhere: No such file"),
 ])
 def test_wrong_flags_give_one_sentence(tmp_path, monkeypatch, capsys, flags, status, sentence):
     monkeypatch.chdir(tmp_path)
