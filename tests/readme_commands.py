@@ -53,7 +53,7 @@ def noted(lines, folder):
     for name in ("python", "torchrun", "pip", "git", "head", "tail"):
         (programs / name).write_text(NOTE.format(python=sys.executable, notes=str(notes)))
         (programs / name).chmod(0o755)
-    script = "\n".join(lines).replace("0 1 2 3 4 5", "0")
+    script = re.sub(r"in 0 1 2 3( 4 5)?;", "in 0;", "\n".join(lines))
     subprocess.run(["bash", "-e"], input=script, text=True, check=True, cwd=folder,
                    env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"})
     calls = [json.loads(line) for line in notes.read_text().splitlines()]
@@ -73,6 +73,10 @@ def run(call):
     short = {"synthetic": ["--count", "16"], "data": [], "pictures": ["--clips", "600"], "benchmark": BENCHMARK,
              "probe": ["--probe-epochs", "1", "--clips", "192", "--workers", "0", "--seeds", "2"], "train": STEPS,
              "study": [*STEPS, "--seeds", "0"] if "--objective" in flags else []}[module.__name__]
+    if "--train-list" in flags:
+        lines = Path("clips/videos.csv").read_text().splitlines(keepends=True)
+        Path("clips/train.csv").write_text("".join(lines[:12]))
+        Path("clips/test.csv").write_text("".join(lines[12:]))
     if module is probe:
         short += ["--frames", "8", "--crop", "32"] if "--weights" in flags else []
         short += ["--untrained", "tiny"] if "--untrained" in flags else []
