@@ -1,6 +1,6 @@
 """Clips for training and evaluation: decoding, windows, resizing, batches, your own lists, four public datasets.
 
-    python data.py --check DIR    what of the four datasets lies in DIR, whole or broken, and what it can train
+    python data.py --check DIR    which of the four datasets are in DIR, what is broken, what you can train on
 
 Nothing here knows the method. Clips stay uint8 until `normalise`: workers hand over a quarter of the bytes.
 """
@@ -347,7 +347,7 @@ class Batches:
     make_masks(clips, positions, sizes). The generator of positions is seeded by (seed, step, number of the micro-batch
     in the step), that of sizes by (seed, step). Clips are drawn with replacement: first the source, by weight, then any
     of its items; `Shapes` makes new ones. For a file that cannot be read another of its source is taken, and a line in
-    the file `unreadable` says so. Raises ValueError where batch, micro-batch and ranks do not fit.
+    the file unreadable.txt says so. Raises ValueError where batch, micro-batch and ranks do not fit.
     """
 
     def __init__(self, sources, weights, config, make_masks, rank=0, ranks=1):
@@ -619,8 +619,9 @@ def inspect(title, paths, workers):
     for what, values in zip(("height", "width", "frames", "frames per second"), facts):
         print(f"    {what}: {min(values):.4g} to {max(values):.4g}")
     if len(facts) > 2:
-        step = max(1, round(np.median(facts[2]) / 16))
-        print(f"    evaluation takes 16 frames from all of a video, {step} apart (median): a good --frame-step")
+        steps = [max(1, round(np.median(facts[2]) / frames)) for frames in (8, 16)]
+        print("    evaluation spreads a clip over all of a video; to match that (median), train with --frame-step "
+              f"{steps[0]} at --frames 8, {steps[1]} at 16")
     print(f"    unreadable: {len(reasons):,}", *reasons[:5], sep="\n      ")
     if len(reasons) > MAX_BROKEN * len(paths):
         print(f"    More than {MAX_BROKEN:.0%} cannot be read: a run would stop.")

@@ -538,7 +538,8 @@ class Objective:
 
 
 def released_form(objective):
-    """The same objective as the released code computes and evaluates it (README, departures 1, 2 and 10)."""
+    """The same objective as the released code computes and evaluates it (README, departures 1, 2
+    and 10; of 11 it is data.py that draws masks alike)."""
     terms = {name: replace(term, options={**term.options, "detached": True}) if term.options.get("hard") else term
              for name, term in objective.terms.items()}
     masking = replace(objective.masking, maxima_mixed_up=objective.masking.motion_strength > 0)

@@ -105,7 +105,7 @@ class Shapes:
 
 
 class Blobs:
-    """The study's generated clips: a disc on noise that runs to the border and stays there.
+    """The study's generated clips: a disc on a noisy background that moves to the border and stops there.
 
     160x160 pixels, 32 frames at 8 per second. Clip i of the benchmark has seed 42 + i and moves in direction i mod 8.
     The clips that the study trains on have seed i and move anyhow, so training clip 42 + i has the background, noise,

@@ -797,6 +797,13 @@ def test_check_as_a_user_runs_it(miniature, capsys):
     assert output.endswith(f"Train with: python train.py --preset mixed --root '{miniature}'\n") and errors == ""
 
 
+def test_check_tells_the_frame_step_at_which_training_sees_what_evaluation_sees(monkeypatch, capsys):
+    """The median video has 48 frames: 8 of them, spread evenly, lie 6 apart, and 16 lie 3 apart."""
+    monkeypatch.setattr(data, "load", lambda *items, **how: [(96, 128, count, 25.0) for count in (200, 24, 48)])
+    assert data.inspect("videos", ["a", "b", "c"], 1)
+    assert "--frame-step 6 at --frames 8, 3 at 16" in capsys.readouterr().out
+
+
 def test_check_says_in_a_line_why_it_ends(tmp_path, monkeypatch, capsys):
     def interrupted(*arguments):
         raise KeyboardInterrupt

@@ -131,7 +131,7 @@ def test_numbers_of_the_readme_are_those_that_its_commands_print(monkeypatch, ca
     """Every row of its results, every mean with a spread, and every percentage with a decimal."""
     monkeypatch.chdir(study.ROOT)
     readme = Path("README.md").read_text()
-    readme = readme[readme.index("## What was found"):readme.index("## The way of the data")] + \
+    readme = readme[readme.index("## What was found"):readme.index("## How data flows")] + \
         readme[readme.index("## Where the released code departs"):readme.index("## The study's datasets")]
     commands = "\n".join(re.findall(r"^    (.*python tests/study.py --(?:table|answer) tests/.*)", readme, re.M))
     commands = subprocess.run(["bash"], input=f'python() {{ echo "$@"; }}\n{commands}', capture_output=True, text=True)
