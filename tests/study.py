@@ -338,7 +338,8 @@ def answer(paths):
     points |= {"kinematic": np.mean(together, axis=0)} if together else {}
     print("\nRank correlation over objectives of the change in motion with the change in appearance, the kinematic "
           "ones counted once; 95 % interval by bootstrap over objectives")
-    for about, chosen in (("all", [*points]), ("living", [name for name in points if not is_dead(table.get(name, {}))])):
+    living = [name for name in points if not is_dead(table.get(name, {}))]
+    for about, chosen in (("all", [*points]), ("living", living)):
         pairs = np.array([points[name] for name in chosen]).T
         low, high = bootstrap(*pairs)
         print(f"{about} {len(chosen)}: {rank_correlation(*pairs):+.2f} [{low:+.2f}, {high:+.2f}]")

@@ -390,7 +390,8 @@ def test_the_table_of_moving_shapes_holds_means_deviations_and_chance(capsys):
     draws = {"direction": [10.0, 20.0, 30.0, 40.0, 50.0], "motion": [4.0] * 5, "appearance": [1.0, 2.0, 3.0, 4.0, 6.5]}
     probe.show_shapes({"trained": {"5": draws, "linear": {"direction": 61.25, "speed": 26.0, "appearance": 99.0}}}, 600)
     title, head, columns, row, chance = capsys.readouterr().out.strip().splitlines()
-    assert title.startswith("Top-1 % on 200 generated clips") and "5 labels per class" in head and "all 600 labels" in head
+    assert title.startswith("Top-1 % on 200 generated clips")
+    assert "5 labels per class" in head and "all 600 labels" in head
     assert columns.split() == ["direction", "motion", "appearance", "direction", "speed", "appearance"]
     # Deviations of five: sqrt(1000 / 4), and of 1 2 3 4 6.5, whose mean is 3.3, sqrt(17.8 / 4).
     assert row.split() == "trained 30.0 ± 15.8 4.0 ± 0.0 3.3 ± 2.1 61.2 26.0 99.0".split()
