@@ -127,7 +127,7 @@ class Block(nn.Module):
 
 
 def initialise(network):
-    """Truncated normal weights (std 0.02), zero biases; both output projections of block i (from 1) over sqrt(2i)."""
+    """Truncated normal weights (std 0.02), zero biases; block i (from 1) divides its output projections by sqrt(2i)."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)

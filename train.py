@@ -217,7 +217,7 @@ class Trainer:
         weights = coefficients(self.objective, step, self.config.steps, self.config.ctx_weight)
         # Tensors, since a compiled step would be compiled again for every new Python number.
         weights = dict(zip(weights, torch.tensor(list(weights.values())).to(self.device, non_blocking=True)))
-        # Linear over the first 1 % of the steps (the study's first epoch); as there, the step is counted before.
+        # Linear over the first 1 % of the steps (the study's first epoch); as there, steps count from 1.
         warm = min(1.0, (step + 1) / max(1, self.config.steps // 100))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.warmup_lr + (self.config.lr - self.config.warmup_lr) * warm

@@ -3,8 +3,8 @@
     python tests/readme_commands.py
 
 Each line that calls python or torchrun goes through bash, where programs only note what they were asked to run. Then
-every noted command runs here, in a folder with what the README takes for granted (datasets, checkpoints, videos of
-one's own), with flags behind its own that make it short.
+every noted command runs here, in a folder with what the README takes for granted (datasets, checkpoints, your own
+videos), with more flags that make it short.
 """
 import importlib
 import json

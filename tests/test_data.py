@@ -613,7 +613,7 @@ def test_a_process_ends_after_an_error_in_a_worker_or_beside_it():
         assert error in process.communicate(timeout=60)[1] and process.returncode == 1
 
 
-# ------------------------------------------------------------------------------------------------------ one's own
+# ----------------------------------------------------------------------------------------- your own videos
 
 
 def touch(folder, *names):
@@ -623,7 +623,7 @@ def touch(folder, *names):
     return [folder / name for name in names]
 
 
-def test_lists_of_ones_own(tmp_path):
+def test_lists_of_your_own(tmp_path):
     names, file = ["a.mp4", "in side/b c 7.webm", "d, e.mp4", "ü 你.AVI"], tmp_path / "videos.csv"
     paths = touch(tmp_path, *names)
     for form in ("{} {}", "{},{}", "{}\t{}", "{} , {}", '"{}","{}"', '"{}" {}', '{},"{}"', '"{}"\t"{}"'):
@@ -636,7 +636,7 @@ def test_lists_of_ones_own(tmp_path):
     assert data.own_videos(file) == ([tmp_path / "d, e.mp4", tmp_path / "a.mp4"], [12, 3])
 
 
-def test_a_folder_of_ones_own(tmp_path):
+def test_a_folder_of_your_own(tmp_path):
     own = tmp_path / "own"
     touch(own, "notes.txt", "x/d.mp4.part", "._b.mp4", ".hidden/c.mp4", "__MACOSX/b.mp4", "x/__MACOSX/y z/._b.mp4")
     with pytest.raises(FileNotFoundError, match=r"there is no video \(.mp4, .*\) in or below"):
@@ -844,7 +844,7 @@ def test_check_names_what_cannot_be_read_and_allows_a_twentieth(copy, capsys):
     assert capsys.readouterr().out.endswith(f"Train with: python train.py --preset ucf101 --root {copy}\n")
 
 
-def test_check_of_videos_of_ones_own_beside_a_dataset_that_no_preset_takes(copy, capsys):
+def test_check_of_videos_of_your_own_beside_a_dataset_that_no_preset_takes(copy, capsys):
     for folder in ("UCF-101", "20bn-something-something-v2", "rgb"):
         shutil.rmtree(copy / folder)
     touch(copy, "x/b.mpx", "c.mpx", "._a.mp4", "__MACOSX/a.mp4")

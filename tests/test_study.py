@@ -266,7 +266,7 @@ def mine(tmp_path, monkeypatch):
     forget()
 
 
-def test_a_sweep_with_an_objective_of_ones_own_goes_on_and_names_what_failed(mine, capfd):
+def test_a_sweep_with_an_objective_of_your_own_goes_on_and_names_what_failed(mine, capfd):
     """Its first run stops it in the second of three steps. Of four runs one then is stopped, two are finished, and one
     meets a folder of something else."""
     own, folder = ["--with", "mine.py"], Path("study")

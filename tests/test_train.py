@@ -534,7 +534,7 @@ def videos(tmp_path_factory):
 
 
 @pytest.mark.parametrize("given, workers", [("", "0"), ("videos.csv", "2")])
-def test_ones_own_videos_train_and_what_cannot_be_read_is_counted_once(tmp_path, videos, given, workers, capsys):
+def test_your_own_videos_train_and_what_cannot_be_read_is_counted_once(tmp_path, videos, given, workers, capsys):
     """Also where the run is stopped between, with later batches prepared already."""
     found = {}
     for stop in (99, 2):
@@ -682,7 +682,7 @@ def test_a_run_ends_with_a_table_of_what_result_json_holds(finished, monkeypatch
 
 
 @pytest.mark.parametrize("rank, deviation, dead", [(1.5, 1.0, True), (9.0, 0.05, True), (9.0, 0.5, False)])
-def test_a_table_of_collapsed_features_or_beside_ones_own_videos_says_so(tmp_path, videos, monkeypatch, capsys, rank,
+def test_a_table_of_collapsed_features_or_beside_your_own_videos_says_so(tmp_path, videos, monkeypatch, capsys, rank,
                                                                          deviation, dead):
     numbers = {"5": {name: [1.0] * 5 for name in probe.FACTORS}, "linear": dict.fromkeys(probe.FACTORS, 1.0)}
     monkeypatch.setattr(probe, "probe_shapes", lambda *_, **__: numbers)
