@@ -1,12 +1,14 @@
 """Clips for training and evaluation: decoding, windows, resizing, batches, your own lists, four public datasets.
 
     python data.py --check DIR    which of the four datasets are in DIR, what is broken, what you can train on
+    python data.py --write DIR    generated clips as videos, with a list `videos.csv`
 
-Nothing here knows the method. Clips stay uint8 until `normalise`: workers hand over a quarter of the bytes.
+Nothing here knows the method. Clips stay uint8 until `model.normalise`: workers hand over a quarter of the bytes.
 """
 import argparse
 import atexit
 import contextlib
+import fcntl
 import functools
 import itertools
 import json
@@ -16,6 +18,7 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 from collections import Counter, namedtuple
 from pathlib import Path
 
@@ -26,7 +29,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
 from tqdm import tqdm
 
-from synthetic import HELD, Blobs, command, number
+from synthetic import Blobs, Shapes
 
 # What is opened: demuxers, none of which follows other files, and images, with the suffixes of their files.
 VIDEO_FORMATS = {"mov": ".mp4 .m4v .mov .3gp .3g2", "matroska": ".mkv .webm", "avi": ".avi", "mpeg": ".mpg .mpeg .vob",
@@ -208,7 +211,6 @@ def read_image(path):
 
 # ---------------------------------------------------------------------------------------------- windows and sources
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 CLEAN_BLOBS = 10_042  # evaluation clips from this seed on share no background, disc or start with a training clip
 
 
@@ -238,12 +240,6 @@ def fps_step(rate, fps):
 def evaluation_window(n, frames):
     """Frame numbers spread evenly over a video of n frames; one shorter than the clip repeats its last frame."""
     return spread(0, n - 1, frames) if n >= frames else list(range(n)) + [n - 1] * (frames - n)
-
-
-def normalise(clips):
-    """uint8 [B, 3, T, H, W] -> float32 of the same shape on the same device, with ImageNet's mean and deviation."""
-    # The constants stay Python numbers: a tensor of them would be copied to the GPU, and the copy waited for.
-    return torch.stack([(clips[:, c].float() / 255 - MEAN[c]) / STD[c] for c in range(3)], dim=1)
 
 
 def resize(pictures, size):
@@ -596,6 +592,97 @@ def open_dataset(name, root, split, *how):
     return Clips(*getattr(DATASETS[name].files(root), split), *how, name=name)
 
 
+# ------------------------------------------------------------------------------------- files, and what commands share
+
+HELD = []  # locks, which a loader's worker must not inherit
+
+
+def write_file(path, content):
+    """Write bytes under a temporary name, then rename: a reader sees the old file or the new one, never a half."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # the name that a user knows
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    write_file(path, json.dumps(content, indent=1).encode())
+
+
+def read_json(path):
+    """The dict that a JSON file holds, an empty one where there is no file. Raises ValueError for a damaged file."""
+    if not path.exists():
+        return {}
+    with contextlib.suppress(ValueError, RecursionError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+    raise ValueError(f"{path} is damaged; put the whole file back, or delete it")
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Hold a folder or file for this process alone; the kernel lets go when the process ends, however that is."""
+    handle = os.open(path, os.O_RDONLY)
+    HELD.append(handle)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is at work on {path}; wait until it ends, or stop it") from None
+        yield
+    finally:
+        HELD.remove(handle)
+        os.close(handle)
+
+
+def command(program, smaller, stopped="stopped"):
+    """Decorator of a command's main function: what its user can put right is said in one sentence, no traceback.
+
+    Exit status: what the function returns, else 0; 1 after such a sentence, 130 after Ctrl-C, 2 from argparse.
+    smaller: the flags that decide how much memory it takes.
+    """
+    def decorate(main):
+        def run(arguments=None):
+            try:
+                return main(arguments) or 0
+            except KeyboardInterrupt:
+                status, sentence = 130, stopped
+            except (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError) as error:
+                status, message = 1, str(error).strip() or type(error).__name__
+                # An error in a loader's worker comes with the worker's traceback; its last line is what happened.
+                sentence = message.splitlines()[-1].removeprefix("ValueError: ")
+                if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in message:
+                    sentence = f"there is too little memory; give a smaller {smaller}"
+                elif message.startswith("DataLoader worker (pid"):
+                    sentence = ("a loader process was killed, most likely for lack of memory; give fewer --workers, or "
+                                "more shared memory (in Docker: --shm-size)")
+                elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                    sentence = f"torch cannot compile here ({message.splitlines()[0]}); --no-compile does without"
+                elif isinstance(error, RuntimeError):
+                    raise
+                elif isinstance(error, OSError) and error.filename:
+                    sentence = f"{error.filename}: {error.strerror}"
+            print(f"{program}: {sentence}", file=sys.stderr)
+            return status
+        return run
+    return decorate
+
+
+def number(least, most=10 ** 9, kind=int):
+    """The type of a flag: a number from least to most."""
+    def convert(text):
+        if not least <= kind(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
+        return kind(text)
+    convert.__name__ = kind.__name__  # argparse says "invalid int value"
+    return convert
+
+
 # ------------------------------------------------------------------------------------------------- python data.py
 
 
@@ -659,13 +746,60 @@ def check(root, workers):
     print(f"Train with: python train.py {how} {shlex.quote(str(root))}")
 
 
-@command("data.py", smaller="number of --workers")
+# ------------------------------------------------------------------------------------------ generated clips as videos
+
+
+def write_video(path, clip, fps, codec="libx264"):
+    """Write uint8 [3, T, H, W] as a video file; the ending of `path` names the container."""
+    import av
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps, pix_fmt="yuv420p")
+        stream.height, stream.width = clip.shape[2:]
+        for frame in clip.permute(1, 2, 3, 0).contiguous().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_dataset(folder, source, count, fps):
+    """Write items 0 to count-1 of a source as mp4 files, and `videos.csv` with a line "path label" for each."""
+    folder, lines = Path(folder), []
+    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken or folder.is_symlink() or os.path.ismount(folder):
+        raise ValueError(f"{folder} is not a new or empty folder; choose another")
+    place = folder.absolute().parent
+    place.mkdir(parents=True, exist_ok=True)
+    # Renamed when whole, removed when not.
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=place, ignore_cleanup_errors=True) as unfinished:
+        for item in tqdm(range(count), desc=f"writing to {folder}", unit="clip", disable=None):
+            clip, label = source.video(item)
+            write_video(Path(unfinished, f"{item:06d}.mp4"), clip, fps)
+            lines.append(f"{item:06d}.mp4 {label}\n")
+        Path(unfinished, "videos.csv").write_text("".join(lines))
+        os.chmod(unfinished, 0o755)
+        os.replace(unfinished, folder)
+
+
+@command("data.py", smaller="--size, --frames or number of --workers")
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Check the datasets in a folder.", allow_abbrev=False)
-    parser.add_argument("--check", metavar="DIR", required=True, help="the folder that holds the datasets")
+    parser = argparse.ArgumentParser(description="Check the datasets in a folder, or write generated clips as videos.",
+                                     allow_abbrev=False)
+    job = parser.add_mutually_exclusive_group(required=True)
+    job.add_argument("--check", metavar="DIR", help="the folder that holds the datasets, or your own videos")
+    job.add_argument("--write", metavar="DIR", help="a new or empty folder for generated clips")
     parser.add_argument("--workers", type=number(1), default=min(8, os.cpu_count()), help="processes that read")
+    parser.add_argument("--kind", choices=("shapes", "blobs"), default="shapes")
+    parser.add_argument("--count", type=number(1), default=64, help="number of clips")
+    parser.add_argument("--seed", type=number(0), default=0)
+    parser.add_argument("--frames", type=number(1), default=16, help="frames of a shape clip")
+    parser.add_argument("--size", type=number(1), default=64, help="side of a shape clip in pixels, even")
     flags = parser.parse_args(arguments)
-    check(flags.check, flags.workers)
+    if flags.check:
+        check(flags.check, flags.workers)
+        return
+    if flags.kind == "shapes" and flags.size % 2:
+        parser.error(f"--size is {flags.size}, but the video format needs an even number of pixels")
+    source = Shapes(flags.frames, flags.size, flags.seed) if flags.kind == "shapes" else Blobs(42 + flags.seed)
+    write_dataset(flags.write, source, flags.count, 8)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 LEVELS = 4  # outputs of four evenly spaced blocks
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
 class Size(NamedTuple):
@@ -45,6 +46,12 @@ def token_grid(frames, height, width, patch, tubelet):
         raise ValueError(f"a {height}x{width} crop does not divide into {patch}x{patch} patches; "
                          f"choose multiples of {patch}")
     return frames // tubelet, height // patch, width // patch
+
+
+def normalise(clips):
+    """uint8 [B, 3, T, H, W] -> float32 of the same shape on the same device, with ImageNet's mean and deviation."""
+    # The constants stay Python numbers: a tensor of them would be copied to the GPU, and the copy waited for.
+    return torch.stack([(clips[:, c].float() / 255 - MEAN[c]) / STD[c] for c in range(3)], dim=1)
 
 
 def take(features, tokens):
@@ -144,7 +151,7 @@ class Encoder(nn.Module):
 
     def __init__(self, size, patch, tubelet):
         super().__init__()
-        self.patch, self.tubelet = patch, tubelet
+        self.width, self.patch, self.tubelet = size.width, patch, tubelet
         self.embed = nn.Linear(3 * tubelet * patch ** 2, size.width)
         self.video = nn.Parameter(1e-6 * torch.randn(1, 1, size.width))
         self.rotary = Rotary(size.width // size.heads)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from model import LEVELS, take
+from model import LEVELS, normalise, take
 
 # ---------------------------------------------------------------------------------------------------------- masks
 
@@ -142,6 +142,15 @@ def sample_masks(batch, grid, masking, generator, motion=None, sizes=None):
             hidden = torch.ones(batch, math.prod(grid), dtype=torch.bool).scatter(1, visible, False)
         masks.append((visible, equal_counts(hidden, at_random)))  # (B, n), (B, k)
     return masks
+
+
+def draw_masks(clips, positions, sizes, grid, masking):
+    """`sample_masks` for uint8 clips [B, 3, T, H, W], called in a loader's worker, so that no step waits for it.
+    positions, sizes: the generators of where blocks lie, and how large they are."""
+    motion = None
+    if masking.motion_strength:
+        motion = motion_map(normalise(middle_pixels(clips, grid)), grid, masking.maxima_mixed_up)
+    return sample_masks(len(clips), grid, masking, positions, motion, sizes)
 
 
 # ---------------------------------------------------------------------------------------- what a term may look at

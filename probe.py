@@ -29,9 +29,10 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from model import SIZES, Encoder, load_tensors, load_vjepa
+from data import command, locked, number, read_json, write_file, write_json
+from model import SIZES, Encoder, load_tensors, load_vjepa, normalise
 from objectives import Masking
-from synthetic import FACTORS, Shapes, command, locked, number, read_json, write_file, write_json
+from synthetic import FACTORS, Shapes
 
 HELD_OUT = 1_000_003  # seeds of the probes' clips: far from those of any training run
 WEIGHT_DECAY = 0.01
@@ -120,8 +121,8 @@ def open_frozen(flags, untrained):
 @torch.no_grad()
 def last_level(encoder, clips):
     """uint8 clips [B, 3, T, H, W] -> tokens of the last level [B, N, D], float32 without autocast, as in the study."""
-    width = encoder.video.shape[-1]
-    return encoder(data.normalise(clips.to(encoder.video.device)))[..., -width:].clone()  # a view would keep all levels
+    features = encoder(normalise(clips.to(encoder.video.device)))  # (B, N, 4D)
+    return features[..., -encoder.width:].clone()  # a view would keep all levels
 
 
 class Labelled(NamedTuple):

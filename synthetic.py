@@ -1,21 +1,12 @@
 """Motion clips with known factors, computed when asked for: nothing to download, nothing on disk.
 
 `Shapes` is what the default run learns from and is probed on; `Blobs` is the study's own synthetic benchmark.
-`python synthetic.py --write DIR` writes either of them as video files with a list, `videos.csv`.
+`python data.py --write DIR` writes either of them as video files.
 """
-import argparse
-import contextlib
-import fcntl
-import json
-import os
-import sys
-import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 DIRECTIONS = ("right", "down right", "down", "down left", "left", "up left", "up", "up right")
 SIDE = 32  # of a world; a clip of any size shows all of it, larger or smaller
@@ -133,144 +124,3 @@ class Blobs:
         disc = ((pixel - x) ** 2)[:, None, :] + ((pixel - y) ** 2)[:, :, None] <= radius ** 2  # (T, row, column)
         frames = np.where(disc[..., None], colour, (background + noise).astype(np.uint8))  # (T, 160, 160, 3)
         return torch.from_numpy(frames).permute(3, 0, 1, 2), label
-
-
-def write_video(path, clip, fps, codec="libx264"):
-    """Write uint8 [3, T, H, W] as a video file; the ending of `path` names the container."""
-    import av
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps, pix_fmt="yuv420p")
-        stream.height, stream.width = clip.shape[2:]
-        for frame in clip.permute(1, 2, 3, 0).contiguous().numpy():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-
-
-def write_dataset(folder, source, count, fps):
-    """Write items 0 to count-1 of a source as mp4 files, and `videos.csv` with a line "path label" for each."""
-    folder, lines = Path(folder), []
-    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if taken or folder.is_symlink() or os.path.ismount(folder):
-        raise ValueError(f"{folder} is not a new or empty folder; choose another")
-    place = folder.absolute().parent
-    place.mkdir(parents=True, exist_ok=True)
-    # Renamed when whole, removed when not.
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=place, ignore_cleanup_errors=True) as unfinished:
-        for item in tqdm(range(count), desc=f"writing to {folder}", unit="clip", disable=None):
-            clip, label = source.video(item)
-            write_video(Path(unfinished, f"{item:06d}.mp4"), clip, fps)
-            lines.append(f"{item:06d}.mp4 {label}\n")
-        Path(unfinished, "videos.csv").write_text("".join(lines))
-        os.chmod(unfinished, 0o755)
-        os.replace(unfinished, folder)
-
-
-# ------------------------------------------------------------------------------------- files, and what commands share
-
-HELD = []  # locks, which a loader's worker must not inherit
-
-
-def write_file(path, content):
-    """Write bytes under a temporary name, then rename: a reader sees the old file or the new one, never a half."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # the name that a user knows
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path, content):
-    write_file(path, json.dumps(content, indent=1).encode())
-
-
-def read_json(path):
-    """The dict that a JSON file holds, an empty one where there is no file. Raises ValueError for a damaged file."""
-    if not path.exists():
-        return {}
-    with contextlib.suppress(ValueError, RecursionError):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-    raise ValueError(f"{path} is damaged; put the whole file back, or delete it")
-
-
-@contextlib.contextmanager
-def locked(path):
-    """Hold a folder or file for this process alone; the kernel lets go when the process ends, however that is."""
-    handle = os.open(path, os.O_RDONLY)
-    HELD.append(handle)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is at work on {path}; wait until it ends, or stop it") from None
-        yield
-    finally:
-        HELD.remove(handle)
-        os.close(handle)
-
-
-def command(program, smaller, stopped="stopped"):
-    """Decorator of a command's main function: what its user can put right is said in one sentence, no traceback.
-
-    Exit status: what the function returns, else 0; 1 after such a sentence, 130 after Ctrl-C, 2 from argparse.
-    smaller: the flags that decide how much memory it takes.
-    """
-    def decorate(main):
-        def run(arguments=None):
-            try:
-                return main(arguments) or 0
-            except KeyboardInterrupt:
-                status, sentence = 130, stopped
-            except (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError) as error:
-                status, message = 1, str(error).strip() or type(error).__name__
-                # An error in a loader's worker comes with the worker's traceback; its last line is what happened.
-                sentence = message.splitlines()[-1].removeprefix("ValueError: ")
-                if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in message:
-                    sentence = f"there is too little memory; give a smaller {smaller}"
-                elif message.startswith("DataLoader worker (pid"):
-                    sentence = ("a loader process was killed, most likely for lack of memory; give fewer --workers, or "
-                                "more shared memory (in Docker: --shm-size)")
-                elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                    sentence = f"torch cannot compile here ({message.splitlines()[0]}); --no-compile does without"
-                elif isinstance(error, RuntimeError):
-                    raise
-                elif isinstance(error, OSError) and error.filename:
-                    sentence = f"{error.filename}: {error.strerror}"
-            print(f"{program}: {sentence}", file=sys.stderr)
-            return status
-        return run
-    return decorate
-
-
-def number(least, most=10 ** 9, kind=int):
-    """The type of a flag: a number from least to most."""
-    def convert(text):
-        if not least <= kind(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
-        return kind(text)
-    convert.__name__ = kind.__name__  # argparse says "invalid int value"
-    return convert
-
-
-@command("synthetic.py", smaller="--size or --frames")
-def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Write synthetic clips as video files.", allow_abbrev=False)
-    parser.add_argument("--write", metavar="DIR", required=True, help="a new or empty folder")
-    parser.add_argument("--kind", choices=("shapes", "blobs"), default="shapes")
-    parser.add_argument("--count", type=number(1), default=64, help="number of clips")
-    parser.add_argument("--seed", type=number(0), default=0)
-    parser.add_argument("--frames", type=number(1), default=16, help="frames of a shape clip")
-    parser.add_argument("--size", type=number(1), default=64, help="side of a shape clip in pixels, even")
-    flags = parser.parse_args(arguments)
-    if flags.kind == "shapes" and flags.size % 2:
-        parser.error(f"--size is {flags.size}, but the video format needs an even number of pixels")
-    source = Shapes(flags.frames, flags.size, flags.seed) if flags.kind == "shapes" else Blobs(42 + flags.seed)
-    write_dataset(flags.write, source, flags.count, 8)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 import data
 import probe
-from data import MAX_BROKEN
-from model import SIZES, Block, Encoder, Predictor, level_normalise, load_vjepa, token_grid
-from objectives import (ABLATIONS, OBJECTIVES, MaskOutputs, Outputs, coefficients, losses, make_heads, mean_over_ranks,
-                        middle_pixels, motion_map, objective_list, released_form, sample_masks, without)
-from synthetic import WORLDS, Shapes, command, locked, number, read_json, write_file, write_json
+from data import MAX_BROKEN, command, locked, number, read_json, write_file, write_json
+from model import SIZES, Block, Encoder, Predictor, level_normalise, load_vjepa, normalise, token_grid
+from objectives import (ABLATIONS, OBJECTIVES, MaskOutputs, Outputs, coefficients, draw_masks, losses, make_heads,
+                        mean_over_ranks, objective_list, released_form, without)
+from synthetic import WORLDS, Shapes
 
 STUDY = dict(frames=16, crop=224, model="vit_base", patch=16, steps=30_000, batch=32, micro_batch=8, lr=6e-4,
              ema=0.99925, workers=8, log_every=100, save_every=1000)
@@ -115,7 +115,7 @@ class JEPA(nn.Module):
 
     def forward(self, clips, masks, weights):
         """uint8 clips [B, 3, T, H, W], list of (visible, masked), loss weights -> losses by name, targets."""
-        clips = data.normalise(clips)
+        clips = normalise(clips)
         grid = token_grid(*clips.shape[2:], self.encoder.patch, self.encoder.tubelet)
         # 1. The target encoder sees the whole clip, once.
         h = self.targets(clips)  # (B, N, 4D)
@@ -251,7 +251,7 @@ class Trainer:
     def row(self, step, losses, h, gradient_norm):
         """A line of metrics.csv, a dict of numbers. Losses are averaged over ranks, each of which has to call this."""
         means = dict(zip(losses, mean_over_ranks(torch.stack(list(losses.values()))).tolist()))
-        rank, deviation = collapse_meter(h[..., -self.model.encoder.video.shape[-1]:])
+        rank, deviation = collapse_meter(h[..., -self.model.encoder.width:])
         ctx = coefficients(self.objective, step, self.config.steps, self.config.ctx_weight)["ctx"]
         return {"step": step, **means, "grad_norm": gradient_norm.item(), "lr": self.optimizer.param_groups[0]["lr"],
                 "ema": self.config.ema if self.objective.ema else "", "ctx_weight": ctx, "effective_rank": rank.item(),
@@ -282,15 +282,6 @@ class Trainer:
                              "damaged, or was written by another version")
 
 
-def masks_of_clips(clips, positions, sizes, grid, masking):
-    """`sample_masks` for uint8 clips [B, 3, T, H, W], called in a loader's worker, so that no step waits for it.
-    positions, sizes: the generators of where blocks lie, and how large they are."""
-    motion = None
-    if masking.motion_strength:
-        motion = motion_map(data.normalise(middle_pixels(clips, grid)), grid, masking.maxima_mixed_up)
-    return sample_masks(len(clips), grid, masking, positions, motion, sizes)
-
-
 def training_sources(config):
     """Where a run's clips come from: a list of sources, and how often each is drawn."""
     how = config.frames, config.crop, config.frame_step, config.fps
@@ -308,7 +299,7 @@ def prepare(config, rank, ranks, device):
     """The trainer and its batches. What can be refused without a run folder is refused here."""
     sources = training_sources(config)  # before the networks, which take seconds: a wrong path is said at once
     trainer = Trainer(config, device, ranks)
-    make_masks = functools.partial(masks_of_clips, grid=config.grid, masking=trainer.objective.masking)
+    make_masks = functools.partial(draw_masks, grid=config.grid, masking=trainer.objective.masking)
     batches = data.Batches(*sources, config, make_masks, rank, ranks)
     clips = torch.zeros(batches.size, 3, config.frames, config.crop, config.crop, dtype=torch.uint8)
     make_masks(clips, torch.Generator(), torch.Generator())  # refuses a grid or a micro-batch that is too small

@@ -26,11 +26,12 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import miniature
+import objectives
 import train
+from data import command, number
 from model import Size
 from objectives import OBJECTIVES, losses
 from probe import AttentiveHead
-from synthetic import command, number
 
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
          "RTX 4090": 165e12}  # dense bfloat16 operations per second by datasheet, two to a multiply-add
@@ -60,7 +61,7 @@ def draw_steps(config, masking, count, device, ranks=1):
     """The micro-batches of so many steps: random clips, masked as in a run. All ranks have those of the first."""
     clips = torch.randint(256, (config.batch, 3, config.frames, config.crop, config.crop), dtype=torch.uint8)
     source = type("Noise", (list,), {"clips": lambda self, items: clips[:len(items)]})()
-    make_masks = partial(train.masks_of_clips, grid=config.grid, masking=masking)
+    make_masks = partial(objectives.draw_masks, grid=config.grid, masking=masking)
     batches = data.Batches([source], [1.0], config, make_masks, 0, ranks)
     there = clips[:batches.size].to(device)
     return [[(there, [tuple(ids.to(device) for ids in mask) for mask in masks]) for _, masks in batches[step]]

@@ -20,10 +20,11 @@ from torchvision.utils import make_grid
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import probe
-from model import token_grid
+from data import command, write_file
+from model import normalise, token_grid
 from objectives import motion_map, sample_masks
 from probe import held_out, last_level, shape_features
-from synthetic import DIRECTIONS, command, write_file
+from synthetic import DIRECTIONS
 
 MASKED_COLOUR = (1.0, 0.45, 0.0)
 COLOURS = ("#d62728", "#ff7f0e", "#bcbd22", "#2ca02c", "#17becf", "#1f77b4", "#9467bd", "#e377c2", "#7f7f7f", "#8c564b")
@@ -72,7 +73,7 @@ def clip_pictures(frozen, untrained, clips):
     patch, tubelet = frozen.encoder.patch, frozen.encoder.tubelet
     grid = token_grid(*clips.shape[2:], patch, tubelet)
     frames = clips[:, :, ::tubelet].transpose(1, 2) / 255  # (B, t, 3, H, W)
-    motion = motion_map(data.normalise(clips), grid) if frozen.masking.motion_strength else None
+    motion = motion_map(normalise(clips), grid) if frozen.masking.motion_strength else None
     masks = sample_masks(len(clips), grid, frozen.masking, torch.Generator().manual_seed(0), motion)
     tinted = [[tint_masked(*each, grid, patch) for each in zip(frames, visible)] for visible, _ in masks]
     tokens = [torch.cat([last_level(each.encoder, clip.unsqueeze(0)) for clip in clips])

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 import data
 import train
-from data import MASK, SIZE, generator_for, normalise
-from model import SIZES, Size
-from objectives import OBJECTIVES, TERMS, coefficients, sigreg
+from data import MASK, SIZE, generator_for
+from model import SIZES, Size, normalise
+from objectives import OBJECTIVES, TERMS, coefficients, draw_masks, sigreg
 from synthetic import Shapes
 
 STEP, STEPS, CLIPS, EACH, SEED = 9, 12, 8, 2, 3  # by this step the context loss counts
@@ -83,7 +83,7 @@ def naive(name, ranks):
     for j in range(CLIPS // EACH):
         clips = shapes.clips(range(STEP * CLIPS + j * EACH, STEP * CLIPS + (j + 1) * EACH))
         positions, sizes = generator_for(SEED, MASK, STEP, j), generator_for(SEED, SIZE, STEP, 0)
-        micro_batches.append((clips, train.masks_of_clips(clips, positions, sizes, (4, 4, 4), model.objective.masking)))
+        micro_batches.append((clips, draw_masks(clips, positions, sizes, (4, 4, 4), model.objective.masking)))
     if "sigreg" in weights:
         weights["sigreg"], total = torch.zeros(()), naive_sigreg(model, micro_batches, ranks)
     for clips, masks in micro_batches:
@@ -97,7 +97,7 @@ def main():
     torch.set_num_threads(1)
     SIZES["tiny"] = Size(24, 4, 2, predictor_width=16, predictor_depth=1, predictor_heads=2)
     TERMS["sigreg"] = functools.partial(sigreg, directions=DIRECTIONS, chunk=DIRECTIONS // 3)
-    data.normalise = lambda clips: normalise(clips).double()
+    train.normalise = lambda clips: normalise(clips).double()
     spanning = [name for name, objective in OBJECTIVES.items() if "sigreg" in objective.terms]
     expected = {1: {name: naive(name, 1) for name in OBJECTIVES}}
     expected |= {ranks: expected[1] | {name: naive(name, ranks) for name in spanning} for ranks in (2, 4)}

@@ -70,7 +70,8 @@ def run(call):
         arguments = arguments[1:]  # one process in the place of several: test_train.py starts torchrun itself
     script, *flags = arguments
     module = importlib.import_module(Path(script).stem)
-    short = {"synthetic": ["--count", "16"], "data": [], "pictures": ["--clips", "600"], "benchmark": BENCHMARK,
+    short = {"data": ["--count", "16"] if "--write" in flags else [],
+             "pictures": ["--clips", "600"], "benchmark": BENCHMARK,
              "probe": ["--probe-epochs", "1", "--clips", "192", "--workers", "0", "--seeds", "2"], "train": STEPS,
              "study": [*STEPS, "--seeds", "0"] if "--objective" in flags else []}[module.__name__]
     if "--train-list" in flags:

@@ -38,8 +38,9 @@ sys.path.insert(0, str(ROOT))
 import objectives
 import probe
 import train
+from data import command, number, read_json, write_json
 from model import Size
-from synthetic import WORLDS, command, number, read_json, write_json
+from synthetic import WORLDS
 
 # ---------------------------------------------------------------------------------------------------------- a sweep
 
@@ -390,7 +391,7 @@ def gradient_reach(objective, size=Size(24, 4, 2, predictor_width=16, predictor_
     torch.manual_seed(0)
     model = train.JEPA(objective, size, patch=4, tubelet=2)
     clips = torch.randint(256, (4, 3, 8, 16, 16), dtype=torch.uint8)
-    masks = train.masks_of_clips(clips, torch.Generator(), torch.Generator(), (4, 4, 4), objective.masking)
+    masks = objectives.draw_masks(clips, torch.Generator(), torch.Generator(), (4, 4, 4), objective.masking)
     losses, _ = model(clips, masks, objectives.coefficients(objective, 0, 1))
     reached = {part: [] for part in ("encoder", "predictor", "heads", "target")}
     for name in [name for name in losses if name not in ("total", "hard_share")]:

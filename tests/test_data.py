@@ -1,5 +1,7 @@
 """data.py: the frames asked for are the frames that come; windows, crops, mixing, resuming; what is broken is named."""
 import contextlib
+import csv
+import errno
 import math
 import os
 import pickle
@@ -22,9 +24,10 @@ from PIL import EpsImagePlugin, Image
 from torch.nn import functional as F
 
 import data
-from data import Unreadable, read_image, read_video
+import model
+from data import Unreadable, locked, read_image, read_video
 from miniature import DIVES, SYNSETS, UCF_CLASSES, Pipe, number_of, picture, write_packed_avi, write_video
-from synthetic import Blobs, locked
+from synthetic import Blobs, Shapes
 
 
 def numbers_in(path, chosen):
@@ -464,7 +467,7 @@ def test_only_images_for_evaluation_are_resized_with_antialiasing(monkeypatch, h
 def test_normalise():
     clips = torch.arange(256, dtype=torch.uint8).view(1, 1, 4, 8, 8).repeat(2, 3, 1, 1, 1)
     mean, std = (torch.tensor(x).view(3, 1, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    result = data.normalise(clips)
+    result = model.normalise(clips)
     assert result.dtype == torch.float32
     torch.testing.assert_close(result, (clips / 255 - mean) / std)
 
@@ -860,3 +863,150 @@ def test_check_of_videos_of_your_own_beside_a_dataset_that_no_preset_takes(copy,
     (copy / "a.mp4").unlink()
     with pytest.raises(FileNotFoundError, match="no video"):
         data.check(copy, workers=0)
+
+
+# ------------------------------------------------------------------------------- generated clips as videos
+
+
+@pytest.mark.parametrize("kind", ["shapes", "blobs"])
+def test_written_videos_come_back(tmp_path, kind):
+    import av
+    assert data.main(["--write", str(tmp_path / "out"), "--kind", kind, "--count", "3"]) == 0
+    rows = list(csv.reader((tmp_path / "out" / "videos.csv").open(), delimiter=" "))
+    source = Blobs() if kind == "blobs" else Shapes(16, 64, 0)
+    assert len(rows) == 3
+    for item, (name, label) in enumerate(rows):
+        clip, direction = source.video(item)
+        assert int(label) == direction
+        with av.open(str(tmp_path / "out" / name)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        decoded = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)
+        assert decoded.shape == clip.shape
+        assert (decoded.float() - clip.float()).abs().mean() < 25  # lossy coding of sharp edges and noise
+    assert data.main(["--write", str(tmp_path / "out")]) == 1  # never into a folder that holds something
+
+
+def test_a_stopped_command_leaves_the_folder_free_and_what_lies_beside_it_alone(tmp_path, monkeypatch, capsys):
+    """Stopped by Ctrl-C at the second clip, it has written nothing there; the same command then writes everything."""
+    (tmp_path / "out.unfinished").mkdir()
+    (tmp_path / "out.unfinished" / "mine.txt").write_text("mine")
+
+    def stopped(path, *rest, whole=data.write_video):
+        if Path(path).name == "000001.mp4":
+            raise KeyboardInterrupt
+        whole(path, *rest)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "write_video", stopped)
+        assert data.main(["--write", str(tmp_path / "out"), "--count", "2"]) == 130
+    assert capsys.readouterr().err.endswith("data.py: stopped\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
+    assert data.main(["--write", str(tmp_path / "out"), "--count", "2"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000000.mp4", "000001.mp4", "videos.csv"]
+    assert (tmp_path / "out.unfinished" / "mine.txt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "mount"])
+def test_where_no_folder_can_be_put_it_is_refused_before_the_work(tmp_path, monkeypatch, capsys, kind):
+    target = tmp_path / "target"
+    if kind == "link":
+        (tmp_path / "real").mkdir()
+        target.symlink_to(tmp_path / "real")
+    elif kind == "file":
+        target.write_text("mine")
+    else:
+        target.mkdir()
+        monkeypatch.setattr(data.os.path, "ismount", lambda path: Path(path) == target)
+    monkeypatch.setattr(data, "write_video", None)  # would fail
+    assert data.main(["--write", str(target), "--count", "2"]) == 1
+    assert f"{target} is not a new or empty folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ([], "one of the arguments --check --write is required"),
+    (["--write"], "argument --write: expected one argument"),
+    (["--write", "out", "--count", "0"], "argument --count: 0 is not from 1 to 1000000000"),
+    (["--write", "out", "--count", "9" * 20], "is not from 1 to 1000000000"),
+    (["--write", "out", "--size", "63"], "--size is 63, but the video format needs an even number"),
+    (["--write", "out", "--size", "big"], "argument --size: invalid"),
+    (["--write", "out", "--kind", "balls"], "invalid choice: 'balls'"),
+    (["--write", "out", "--cuont", "3"], "unrecognized arguments: --cuont 3"),
+])
+def test_wrong_flags_of_writing_give_one_sentence_and_write_nothing(tmp_path, monkeypatch, capsys, flags, sentence):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="^2$"):
+        data.main(flags)
+    assert sentence in capsys.readouterr().err.splitlines()[-1] and not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------- files that commands share
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    data.write_json(path, {"a": 1})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    for place, name in ((Path, "write_bytes"), (data.os, "replace")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, full)
+            with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+                data.write_json(path, {"a": 2})
+        assert data.read_json(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"3", b"\xff", b"", b"[" * 100_000, b'{"a": 1} x'])
+def test_a_damaged_json_file_is_one_sentence_and_a_missing_one_is_empty(tmp_path, content):
+    path = tmp_path / "a.json"
+    assert data.read_json(path) == {}
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{path} is damaged; put the whole file back, or delete it$"):
+        data.read_json(path)
+
+
+def test_a_lock_keeps_others_out_until_its_process_ends(tmp_path, exit_status):
+    """However it ends; within one process it is let go at the end of the block."""
+    def hold_and_die():
+        with data.locked(tmp_path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def try_it():
+        with pytest.raises(ValueError, match=f"another process is at work on {tmp_path}"):
+            with data.locked(tmp_path):
+                pass
+    with data.locked(tmp_path):
+        assert exit_status(try_it) == 0
+    assert exit_status(hold_and_die) == -signal.SIGKILL
+    with data.locked(tmp_path):
+        pass
+    assert data.HELD == [] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error, sentence, status", [
+    (ValueError("it is wrong"), "it is wrong", 1),
+    (OSError(errno.ENOSPC, "No space left on device", "last.pt"), "last.pt: No space left on device", 1),
+    (MemoryError(), "there is too little memory; give a smaller --batch", 1),
+    (torch.OutOfMemoryError("CUDA out of memory."), "there is too little memory; give a smaller --batch", 1),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "too little memory", 1),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "a loader process was killed", 1),
+    (ValueError("Caught ValueError in DataLoader worker process 0.\nTraceback\nValueError: line 3 is odd"),
+     "line 3 is odd", 1),
+    (KeyboardInterrupt(), "stopped", 130)])
+def test_what_a_user_can_put_right_is_one_sentence(capsys, error, sentence, status):
+    @data.command("it.py", smaller="--batch")
+    def main(arguments):
+        raise error
+    assert main([]) == status
+    message, = capsys.readouterr().err.splitlines()
+    assert message.startswith("it.py: ") and sentence in message
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("shapes must match"), TypeError("a bug"),
+    RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: shapes must match")])
+def test_a_bug_keeps_its_traceback(error):
+    @data.command("it.py", smaller="--batch")
+    def main(arguments):
+        raise error
+    with pytest.raises(type(error)):
+        main([])

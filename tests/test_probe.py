@@ -18,9 +18,10 @@ import data
 import probe
 import synthetic
 import train
-from model import SIZES, Encoder, Rotary, load_vjepa
+from model import SIZES, Encoder, Rotary, load_vjepa, normalise
 from probe import BENCHMARKS, Labelled, Recipe
-from synthetic import Shapes, write_dataset
+from data import write_dataset
+from synthetic import Shapes
 
 CONFIG = {"seed": 0, "model": "tiny", "patch": 8, "tubelet": 2, "frames": 4, "crop": 16}
 QUICK = ["--frames", "4", "--crop", "16", "--patch", "8", "--batch", "4"]
@@ -88,7 +89,7 @@ def stored(folder, name="x"):
 @torch.no_grad()
 def naive_features(encoder, clips, pooled=False):
     """The last of the four levels, clip by clip: [n, N or 1, D]."""
-    levels = torch.cat([encoder(data.normalise(clip.unsqueeze(0))).unflatten(-1, (4, -1)) for clip in clips])
+    levels = torch.cat([encoder(normalise(clip.unsqueeze(0))).unflatten(-1, (4, -1)) for clip in clips])
     tokens = levels[..., 3, :]
     return tokens.mean(1, keepdim=True) if pooled else tokens
 
@@ -368,7 +369,7 @@ def test_probes_of_moving_shapes_see_the_clips_tokens_and_labels_that_they_name(
     for seed, count in ((probe.HELD_OUT, 192), (probe.HELD_OUT + 1, 64)):
         source = Shapes(4, 16, seed, world="slow")
         with torch.no_grad():
-            tokens.append(torch.cat([encoder(data.normalise(source.clips(range(i, i + 64))))[..., -128:].clone()
+            tokens.append(torch.cat([encoder(normalise(source.clips(range(i, i + 64))))[..., -128:].clone()
                                      for i in range(0, count, 64)]))
         factors = source.factors(range(count))
         labels.append({**factors, "motion": torch.tensor([4 * direction + speed for direction, speed in zip(
@@ -482,7 +483,7 @@ def test_damaged_features_are_made_again_and_those_of_others_removed(tmp_path, d
 def test_a_second_process_on_the_same_features_is_told(tmp_path, capfd, quick_blobs, exit_status):
     flags = ["--checkpoint", make_checkpoint(tmp_path), "--benchmark", "blobs", "--blob-clips", "8,8", *LOADERLESS]
     (tmp_path / "features-blobs-8-8-train").mkdir()
-    with synthetic.locked(tmp_path / "features-blobs-8-8-train"):
+    with data.locked(tmp_path / "features-blobs-8-8-train"):
         assert exit_status(lambda: sys.exit(probe.main(flags))) == 1
     message, = capfd.readouterr().err.splitlines()
     assert message.startswith(f"probe.py: another process is at work on {tmp_path}/features-blobs-8-8-train;")

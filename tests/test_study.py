@@ -17,7 +17,7 @@ import objectives
 import probe
 import study
 import train
-from synthetic import write_json
+from data import write_json
 
 # ------------------------------------------------------------------------------------------------------- statistics
 

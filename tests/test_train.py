@@ -26,7 +26,7 @@ import objectives
 import probe
 import synthetic
 import train
-from model import SIZES, Encoder, Size
+from model import SIZES, Encoder, Size, normalise
 from objectives import OBJECTIVES, Objective, Term, released_form
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +69,7 @@ def micro_batch(count):
     """Random clips, pixels and all, with their masks."""
     generator = torch.Generator().manual_seed(0)
     clips = torch.randint(256, (count, 3, 8, 16, 16), dtype=torch.uint8, generator=generator)
-    return clips, train.masks_of_clips(clips, generator, generator, (4, 4, 4), OBJECTIVES["baseline"].masking)
+    return clips, objectives.draw_masks(clips, generator, generator, (4, 4, 4), OBJECTIVES["baseline"].masking)
 
 
 def raising(error):
@@ -204,7 +204,7 @@ def test_an_ablation_takes_away_what_it_names_and_nothing_else(ablate):
     torch.testing.assert_close(model.encoder.state_dict(), whole.encoder.state_dict(), rtol=0, atol=0)
     (clips, masks), weights = micro_batch(4), {"pred": 1.0, "ctx": 1.0}
     (losses, h), (without, targets) = whole(clips, masks, weights), model(clips, masks, weights)
-    clips = data.normalise(clips)
+    clips = normalise(clips)
     torch.testing.assert_close(targets, whole.target(clips) if ablate == "level_norm" else h)
     assert (without["pred"] != losses["pred"]) == (ablate != "stop_gradient")
     with_gradient = model.targets(clips).requires_grad
@@ -229,7 +229,7 @@ def test_without_the_cut_late_time_steps_are_as_visible_as_early_ones():
     for ablate in ("", "cut"):
         masking = train.build(train.parse([*QUICK, "--ablate", ablate])[0]).objective.masking
         generator = torch.Generator().manual_seed(0)
-        masks = [train.masks_of_clips(clips, generator, generator, (4, 8, 8), masking) for _ in range(100)]
+        masks = [objectives.draw_masks(clips, generator, generator, (4, 8, 8), masking) for _ in range(100)]
         visible = torch.cat([visible.flatten() for each in masks for visible, _ in each])
         share[ablate] = (visible >= 3 * 64).double().mean().item()
     assert share["cut"] == pytest.approx(0.25, abs=0.01) and share[""] < 0.2
@@ -292,7 +292,7 @@ def killed(tmp_path_factory, exit_status):
     out = tmp_path_factory.mktemp("killed") / "run"
     with signal_at(7, signal.SIGKILL):
         assert exit_status(lambda: train.main([*SIGREG, "--workers", "2", "--out", str(out)])) == -signal.SIGKILL
-    with synthetic.locked(out):  # its loader processes may live a little longer, but hold no lock
+    with data.locked(out):  # its loader processes may live a little longer, but hold no lock
         return out
 
 
@@ -432,7 +432,7 @@ def test_a_folder_that_holds_a_run_is_never_overwritten(half, capsys, monkeypatc
 def test_a_second_process_on_the_same_folder_is_told_and_touches_nothing(half, exit_status, capfd):
     folder, flags = half
     before = contents(folder)
-    with synthetic.locked(folder):
+    with data.locked(folder):
         assert exit_status(lambda: sys.exit(train.main([*flags, "--resume"]))) == 1
     message, = capfd.readouterr().err.splitlines()
     assert f"another process is at work on {folder}" in message and contents(folder) == before
@@ -528,7 +528,7 @@ def test_the_presets_train_from_the_publishers_files_or_generated_clips(tmp_path
 def videos(tmp_path_factory):
     """Eight small videos with a list file, one of them cut short."""
     folder = tmp_path_factory.mktemp("videos") / "clips"
-    synthetic.write_dataset(folder, synthetic.Shapes(16, 32, 0), 8, 8)
+    data.write_dataset(folder, synthetic.Shapes(16, 32, 0), 8, 8)
     (folder / "000003.mp4").write_bytes((folder / "000003.mp4").read_bytes()[:200])
     return folder
 
@@ -720,7 +720,7 @@ def test_on_a_gpu_no_step_waits_for_the_device_and_attention_is_flash(name, comp
     generator, masking, steps = torch.Generator().manual_seed(0), trainer.objective.masking, []
     clips = torch.randint(256, (8, 3, 8, 32, 32), dtype=torch.uint8).pin_memory()
     for _ in range(8):
-        masks = [train.masks_of_clips(clips, generator, generator, (4, 4, 4), masking) for _ in range(2)]
+        masks = [objectives.draw_masks(clips, generator, generator, (4, 4, 4), masking) for _ in range(2)]
         steps.append([(clips, [tuple(tokens.pin_memory() for tokens in mask) for mask in each]) for each in masks])
     for step, micro_batches in enumerate(steps):  # after these, nothing is compiled again
         trainer.step(step, micro_batches)
