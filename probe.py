@@ -32,7 +32,7 @@ import data
 from data import command, locked, number, read_json, write_file, write_json
 from model import SIZES, Encoder, load_tensors, load_vjepa, normalise
 from objectives import Masking
-from synthetic import FACTORS, Shapes
+from synthetic import FACTORS, WORLDS
 
 HELD_OUT = 1_000_003  # seeds of the probes' clips: far from those of any training run
 WEIGHT_DECAY = 0.01
@@ -236,8 +236,8 @@ def accuracies(recipe, train, test, seeds, device, shots=0, progress=""):
 
 def held_out(encoder, config, count):
     """Moving shapes that no run trains on: (shapes, how many) to learn from, and a third as many to be tested on."""
-    how, device, world = (config["frames"], config["crop"]), encoder.video.device, config.get("world", "default")
-    return [(Shapes(*how, HELD_OUT + i, device, world), clips) for i, clips in enumerate((count, max(1, count // 3)))]
+    how, device, world = (config["frames"], config["crop"]), encoder.video.device, WORLDS[config.get("world", "default")]
+    return [(world(*how, HELD_OUT + i, device), clips) for i, clips in enumerate((count, max(1, count // 3)))]
 
 
 def shape_features(encoder, shapes, count, about, keep=None):

@@ -1,112 +1,234 @@
 """Motion clips with known factors, computed when asked for: nothing to download, nothing on disk.
 
-`Shapes` is what the default run learns from and is probed on; `Blobs` is the study's own synthetic benchmark.
-`python data.py --write DIR` writes either of them as video files.
+`Shapes` is the world that the default run learns from and is probed on, `Dives` a pocket-size
+Diving-48, and `Blobs` the paper's own synthetic benchmark. `python data.py --write DIR` writes
+shapes or blobs as video files.
 """
-from typing import NamedTuple
+import itertools
 
 import numpy as np
 import torch
 
-DIRECTIONS = ("right", "down right", "down", "down left", "left", "up left", "up", "up right")
-SIDE = 32  # of a world; a clip of any size shows all of it, larger or smaller
+SIDE = 32  # of a world, in its own units; a clip of any size shows all of it, larger or smaller
 
 
-class World(NamedTuple):
-    """What moves, and before what: units are world units, brightness is 0 to 255."""
-    radius: float = 10.0
-    speeds: tuple = (4.0, 4.7, 5.3, 6.0)  # per frame
-    shape: float = 255.0
-    ground: float = 0.0
+def outline_plus(x, y):
+    across = torch.maximum(x.abs() - 1, y.abs() - 0.35)
+    upright = torch.maximum(x.abs() - 0.35, y.abs() - 1)
+    return torch.minimum(across, upright)
 
 
-WORLDS = {"default": World(), "slow": World(6.0, (2.0, 2.7, 3.3, 4.0)),
-          "faint": World(13.0, (5.0, 6.0, 7.0, 8.0), 150.0, 100.0)}
-
-# Each appearance: the distance to the outline at (x, y) or a lower bound, negative inside; the unit is the radius.
+# Each shape's signed distance to its outline at (x, y), or a lower bound: negative inside. The
+# unit is the shape's radius.
 APPEARANCES = {
     "disc": lambda x, y: (x ** 2 + y ** 2).sqrt() - 0.9,
     "ring": lambda x, y: ((x ** 2 + y ** 2).sqrt() - 0.75).abs() - 0.25,
     "square": lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.8,
     "diamond": lambda x, y: (x.abs() + y.abs() - 1.1) / 2 ** 0.5,
     "triangle": lambda x, y: torch.maximum(y - 0.7, (2 * x.abs() - y - 0.9) / 5 ** 0.5),
-    "plus": lambda x, y: torch.minimum(torch.maximum(x.abs() - 1, y.abs() - 0.35),
-                                       torch.maximum(x.abs() - 0.35, y.abs() - 1)),
+    "plus": outline_plus,
     "bar": lambda x, y: torch.maximum(x.abs() - 1, y.abs() - 0.5),
     "pillar": lambda x, y: torch.maximum(x.abs() - 0.5, y.abs() - 1),
 }
-
-# What a probe may be asked for, and how many classes that has. Motion is direction and speed together: the fine-grained
-# task, since its classes differ in nothing else.
-FACTORS = {"direction": 8, "speed": 4, "appearance": 8, "motion": 32}
+DIRECTIONS = ("right", "down right", "down", "down left", "left", "up left", "up", "up right")
 
 
-class Shapes:
-    """Clips of one bright shape that crosses a dark frame at constant velocity and comes back on the other side.
+def point(angle):
+    """The point of the unit circle at an angle, as a complex number."""
+    return torch.polar(torch.ones_like(angle), angle)
 
-    Direction (8), speed (4), appearance (8) and start are drawn independently. The start is uniform and the motion
-    wraps around, so the position in any one frame is uniform whatever the direction: a single frame says nothing
-    about the motion. Item i of a seed is always the same clip, and there are as many items as anyone will ask for.
+
+class World:
+    """What worlds share: item i of a seed is always the same clip, and items never run out.
+
+    `classes` names the factors and says how many classes each has: those of the motion, the
+    appearance, and last all of the motion together, whose classes differ in nothing else. All but
+    the last are drawn independently and uniformly.
     """
+    classes: dict[str, int]
+    few: tuple[str, ...]  # probed with few labels; the first is the label of a clip in a file
+    linear: tuple[str, ...]  # probed with all labels by a linear head
+    nuisances: int  # how many other numbers an item draws
 
-    def __init__(self, frames, size, seed, device="cpu", world="default"):
-        self.frames, self.size, self.seed, self.device, self.world = frames, size, seed, device, WORLDS[world]
+    def __init__(self, frames, size, seed, device="cpu"):
+        self.frames = frames
+        self.size = size
+        self.seed = seed
+        self.device = device
 
     def __len__(self):
         return 2 ** 31
 
     def draw(self, items):
-        """Factors of items [B] as LongTensors [B] by name, and the starting points [B, 2] in world units."""
-        generators = [np.random.default_rng([self.seed, int(item)]) for item in items]
-        counts = len(DIRECTIONS), len(self.world.speeds), len(APPEARANCES)
-        rows = [(*(g.integers(count) for count in counts), *g.uniform(0, SIDE, 2)) for g in generators]
-        rows = torch.tensor(rows, dtype=torch.float32, device=self.device)  # (B, 5)
-        direction, speed, appearance = rows[:, :3].long().unbind(1)
-        return {"direction": direction, "speed": speed, "appearance": appearance,
-                "motion": direction * len(self.world.speeds) + speed}, rows[:, 3:]
+        """Of items [B]: their factors, {name: LongTensor [B]}, and nuisances [B, n] in 0..1."""
+        *motion, appearance, together = self.classes
+        drawn = *motion, appearance
+        rows = []
+        for item in items:
+            generator = np.random.default_rng([self.seed, int(item)])
+            labels = [generator.integers(self.classes[name]) for name in drawn]
+            rows.append([*labels, *generator.random(self.nuisances)])
+
+        rows = torch.tensor(rows, dtype=torch.float32, device=self.device)
+        labels, nuisances = rows.split((len(drawn), self.nuisances), dim=1)
+        factors = dict(zip(drawn, labels.long().T))
+        factors[together] = 0
+        for name in motion:
+            factors[together] = factors[together] * self.classes[name] + factors[name]
+        return factors, nuisances
 
     def factors(self, items):
-        """The `FACTORS` of items: LongTensors [B] by name, on the CPU."""
+        """The factors of items [B]: {name: LongTensor [B]}, on the CPU."""
         return {name: labels.cpu() for name, labels in self.draw(items)[0].items()}
 
     def clips(self, items):
-        """Items [B] -> uint8 [B, 3, frames, size, size]."""
-        factors, start = self.draw(items)
-        angle = factors["direction"] * (2 * torch.pi / len(DIRECTIONS))
-        velocity = torch.stack((angle.cos(), angle.sin()), dim=-1)  # (B, 2), y points down, as in an image
-        velocity = velocity * torch.tensor(self.world.speeds, device=self.device)[factors["speed"], None]
-        time = torch.arange(self.frames, device=self.device)
-        centre = start[:, None] + velocity[:, None] * time[:, None]  # (B, T, 2)
-        pixel = (torch.arange(self.size, device=self.device) + 0.5) * (SIDE / self.size)
-        # Offset from the nearest of the centre's copies, since the world is a torus.
-        offset = (pixel - centre[..., None] + SIDE / 2).remainder(SIDE) - SIDE / 2  # (B, T, 2, size)
-        x, y = (offset / self.world.radius).unbind(2)  # (B, T, size) each
-        distance = torch.empty(*x.shape, self.size, device=self.device)  # (B, T, size, size): row, column
-        for kind, outline in enumerate(APPEARANCES.values()):
-            clips = factors["appearance"] == kind
-            distance[clips] = outline(*torch.broadcast_tensors(x[clips, :, None, :], y[clips, :, :, None]))
-        # A pixel that the outline crosses is grey by the share that lies inside.
-        cover = (0.5 - distance * self.world.radius * self.size / SIDE).clamp(0, 1)
-        picture = self.world.ground + (self.world.shape - self.world.ground) * cover
+        """Items [B] -> uint8 [B, 3, frames, size, size], grey."""
+        picture = self.render(*self.draw(items))  # (B, T, size, size)
         return picture.round().to(torch.uint8).unsqueeze(1).expand(-1, 3, -1, -1, -1)
 
+    def offsets(self, centre):
+        """From centres x + iy [B, T] to pixels: x of each column [B, T, size], y of each row.
+
+        The world is a torus: what leaves on one side comes back on the other, so an offset is
+        from the nearest of the centre's copies.
+        """
+        pixel = (torch.arange(self.size, device=self.device) + 0.5) * (SIDE / self.size)
+        return [(pixel - each[..., None] + SIDE / 2).remainder(SIDE) - SIDE / 2
+                for each in (centre.real, centre.imag)]
+
+    def cover(self, distance):
+        """The share of a pixel inside an outline that is `distance` world units away."""
+        return (0.5 - distance * (self.size / SIDE)).clamp(0, 1)
+
     def video(self, item):
-        """uint8 [3, frames, size, size] and the label (direction) of one item."""
-        return self.clips([item])[0], int(self.factors([item])["direction"])
+        """uint8 [3, frames, size, size] and the label of one item."""
+        return self.clips([item])[0], int(self.factors([item])[self.few[0]])
+
+
+class Shapes(World):
+    """One bright shape crosses a dark frame at constant velocity and comes back on the other side.
+
+    The start is uniform and the motion wraps around, so the place in any one frame is uniform
+    whatever the direction: a single frame says nothing about the motion.
+    """
+    classes = {"direction": 8, "speed": 4, "appearance": 8, "motion": 32}
+    few = ("direction", "motion", "appearance")
+    linear = ("direction", "speed", "appearance")
+    nuisances = 2  # the start
+
+    RADIUS = 10.0
+    SPEEDS = (4.0, 4.7, 5.3, 6.0)  # world units per frame
+
+    def render(self, factors, start):
+        speed = torch.tensor(self.SPEEDS, device=self.device)[factors["speed"]]
+        velocity = speed * point(factors["direction"] * (2 * torch.pi / len(DIRECTIONS)))  # y down
+        time = torch.arange(self.frames, device=self.device)
+        start = SIDE * torch.complex(*start.T)
+        centre = start[:, None] + velocity[:, None] * time  # (B, T)
+
+        x, y = (offset / self.RADIUS for offset in self.offsets(centre))  # (B, T, size) each
+        distance = torch.empty(*x.shape, self.size, device=self.device)  # (B, T, row, column)
+        for kind, outline in enumerate(APPEARANCES.values()):
+            mine = factors["appearance"] == kind
+            across, down = torch.broadcast_tensors(x[mine, :, None, :], y[mine, :, :, None])
+            distance[mine] = outline(across, down)
+        return 255.0 * self.cover(distance * self.RADIUS)
+
+
+def capsule(x, y, begin, end):
+    """Distance [B, T, row, column] of pixels at x, y [B, T, size] from a line segment [B, T]."""
+    length = (end - begin).abs()[..., None]
+    toward = (end - begin)[..., None] / length
+    x, y = x - begin.real[..., None], y - begin.imag[..., None]
+    along = (x * toward.real)[:, :, None] + (y * toward.imag)[..., None]
+    across = (x * toward.imag)[:, :, None] - (y * toward.real)[..., None]
+    beyond = along - along.clamp(min=0).minimum(length[..., None])
+    return torch.hypot(beyond, across)
+
+
+class Dives(World):
+    """A jointed figure flies through the frame and turns: 48 dives that differ in motion alone.
+
+    A pocket-size Diving-48 (Li et al., 2018). A dive is its sense of rotation, its half turns
+    (1 to 4, spread over the clip whatever its length), its position (straight, pike or tuck) and
+    whether the figure twists once about its long axis. Place, orientation, side and drift are
+    uniform, so a single frame says nothing about sense, turns or twist. The ground has a texture
+    and drifts as if the camera moved.
+    """
+    classes = {"sense": 2, "turns": 4, "position": 3, "twist": 2, "appearance": 8, "dive": 48}
+    few = ("dive", "appearance")
+    linear = ("turns", "sense", "dive", "appearance")
+    nuisances = 11
+
+    FOLDS = (0.0, 0.0), (2.2, 0.0), (2.2, 2.3)  # straight, pike, tuck: hip and knee, radians
+    SUITS = tuple(itertools.product((110.0, 250.0), (110.0, 250.0), (30.0, 60.0)))
+    WAVES = (1, 2), (3, 1), (2, 3)  # of the ground: how many across, how many down
+
+    def render(self, factors, nuisances):
+        column, row, left, top, size, speed, camera, *angles = nuisances.T[..., None]  # (B, 1)
+        orientation, side, heading, pan = (2 * torch.pi * angle for angle in angles)
+        time = torch.arange(self.frames, device=self.device)
+        flown = time / max(1, self.frames - 1)  # share of the flight (T)
+
+        # Points of the plane are complex numbers x + iy; those of the figure start at its hip.
+        half_turns = (2 * factors["sense"] - 1) * (factors["turns"] + 1)
+        up = point(torch.pi * half_turns[:, None] * flown + orientation)  # (B, T)
+        side = side + 2 * torch.pi * factors["twist"][:, None] * flown
+        front = 1j * up * side.cos()  # shorter as the figure turns towards us or away
+
+        # The position is entered in the first quarter of the flight and left in the last.
+        folded = (2 - (4 * flown - 2).abs()).clamp(0, 1)
+        hip, knee = torch.tensor(self.FOLDS, device=self.device)[factors["position"]].T[..., None]
+        hip = hip * folded  # (B, T)
+        shin = hip - knee * folded
+        knee = 5 * (front * hip.sin() - up * hip.cos())
+        foot = knee + 5 * (front * shin.sin() - up * shin.cos())
+        head = 8 * up + front
+
+        suits = torch.tensor(self.SUITS, device=self.device)[factors["appearance"]]
+        legs, torso, ground = suits.T[..., None, None, None]  # (B, 1, 1, 1)
+        parts = [  # from, to, radius, brightness
+            (0 * up, knee, 1.5, legs),
+            (knee, foot, 1.2, legs),
+            (0 * up, 6 * up, 1.3 + side.sin().abs(), torso),
+            (head, head + 0.1 * up, 1.7, torch.full_like(legs, 180.0)),
+        ]
+
+        # The camera moves the ground by up to 1.5 units a frame.
+        corner = SIDE * torch.complex(left, top) + 1.5 * camera * time * point(pan)
+        picture = ground + 10 * self.texture(corner)
+        place = SIDE * torch.complex(column, row) + (0.3 + 0.7 * speed) * time * point(heading)
+        x, y = self.offsets(place)
+        scale = 0.85 + 0.3 * size
+        for begin, end, radius, brightness in parts:
+            distance = capsule(x, y, scale * begin, scale * end)
+            inside = self.cover(distance - (scale * radius)[..., None, None])
+            picture = picture.lerp(brightness, inside)
+        return picture
+
+    def texture(self, corner):
+        """Waves that meet at the edges of the world, -3 to 3: [B, T, size, size]."""
+        x, y = (2 * torch.pi / SIDE * offset for offset in self.offsets(corner))  # (B, T, size)
+        waves = 0
+        for across, down in self.WAVES:
+            waves = waves + (across * x).sin()[:, :, None] * (down * y).cos()[..., None]
+        return waves
 
 
 class Blobs:
-    """The study's generated clips: a disc on a noisy background that moves to the border and stops there.
+    """The paper's generated clips: a disc on a noisy background moves to the border and stops.
 
-    160x160 pixels, 32 frames at 8 per second. Clip i of the benchmark has seed 42 + i and moves in direction i mod 8.
-    The clips that the study trains on have seed i and move anyhow, so training clip 42 + i has the background, noise,
-    disc and start of evaluation clip i. Equal to the study's to the bit, before they are compressed.
+    160x160 pixels, 32 frames at 8 per second. Clip i of the benchmark has seed 42 + i and moves in
+    direction i mod 8. The clips that the paper trains on have seed i and move anyhow, so training
+    clip 42 + i has the background, noise, disc and start of evaluation clip i. Equal to the
+    paper's to the bit, before they are compressed.
     """
     SIZE, FRAMES, FPS = 160, 32, 8
-    MOVES = ((0, -4), (3, -3), (4, 0), (3, 3), (0, 4), (-3, 3), (-4, 0), (-3, -3))  # pixels a frame, y down
+    MOVES = ((0, -4), (3, -3), (4, 0), (3, 3), (0, 4), (-3, 3), (-4, 0), (-3, -3))  # px, y down
 
     def __init__(self, first=42, directions=True):
-        self.first, self.directions = first, directions  # seed of clip 0; False: training clips
+        self.first = first  # seed of clip 0
+        self.directions = directions  # False: training clips
 
     def video(self, item):
         """uint8 [3, 32, 160, 160] and the label, the place of its move in MOVES, or None."""
@@ -115,12 +237,25 @@ class Blobs:
         noise = draw.integers(0, 30, (self.FRAMES, self.SIZE, self.SIZE, 1))
         colour = draw.integers(120, 256, 3, dtype=np.uint8)
         radius = draw.integers(10, 40)
-        start = draw.integers(radius, self.SIZE - radius), draw.integers(radius, self.SIZE - radius)  # x, y
-        label = int(item) % len(self.MOVES) if self.directions else None
-        move = self.MOVES[label] if self.directions else (draw.integers(-4, 5), draw.integers(-4, 5))
-        x, y = ((begin + step * np.arange(self.FRAMES)).clip(radius, self.SIZE - 1 - radius)[:, None]
-                for begin, step in zip(start, move))  # (T, 1) each
+        start = draw.integers(radius, self.SIZE - radius), draw.integers(radius, self.SIZE - radius)
+        if self.directions:
+            label = int(item) % len(self.MOVES)
+            move = self.MOVES[label]
+        else:
+            label = None
+            move = draw.integers(-4, 5), draw.integers(-4, 5)
+
+        time = np.arange(self.FRAMES)[:, None]
+        x, y = (
+            (begin + step * time).clip(radius, self.SIZE - 1 - radius)  # (T, 1) each
+            for begin, step in zip(start, move)
+        )
         pixel = np.arange(self.SIZE)
-        disc = ((pixel - x) ** 2)[:, None, :] + ((pixel - y) ** 2)[:, :, None] <= radius ** 2  # (T, row, column)
-        frames = np.where(disc[..., None], colour, (background + noise).astype(np.uint8))  # (T, 160, 160, 3)
+        across, down = (pixel - x) ** 2, (pixel - y) ** 2  # (T, 160) each
+        disc = across[:, None, :] + down[:, :, None] <= radius ** 2  # (T, row, column)
+        frames = np.where(disc[..., None], colour, (background + noise).astype(np.uint8))
         return torch.from_numpy(frames).permute(3, 0, 1, 2), label
+
+
+WORLDS = {"default": Shapes, "dives": Dives}
+FACTORS = Shapes.classes

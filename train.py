@@ -24,7 +24,7 @@ from data import MAX_BROKEN, command, locked, number, read_json, write_file, wri
 from model import SIZES, Block, Encoder, Predictor, level_normalise, load_vjepa, normalise, token_grid
 from objectives import (ABLATIONS, OBJECTIVES, MaskOutputs, Outputs, coefficients, draw_masks, losses, make_heads,
                         mean_over_ranks, objective_list, released_form, without)
-from synthetic import WORLDS, Shapes
+from synthetic import WORLDS
 
 STUDY = dict(frames=16, crop=224, model="vit_base", patch=16, steps=30_000, batch=32, micro_batch=8, lr=6e-4,
              ema=0.99925, workers=8, log_every=100, save_every=1000)
@@ -288,7 +288,7 @@ def training_sources(config):
     if config.data:
         return [data.Clips(*data.own_videos(config.data), *how)], [1.0]
     if config.preset == "synthetic":
-        return [Shapes(config.frames, config.crop, config.seed, world=config.world)], [1.0]
+        return [WORLDS[config.world](config.frames, config.crop, config.seed)], [1.0]
     if config.preset == "blobs":
         return [data.BlobClips(*how)], [1.0]
     shares = data.MIXED if config.preset == "mixed" else {"ucf101": 1.0}

@@ -246,7 +246,7 @@ def read_results(*paths):
             table.setdefault(name, {})[seed] = numbers
     if not table:
         raise ValueError(f"{', '.join(map(str, paths))} hold no results; a sweep makes them")
-    endings = {re.search(rf"(-({'|'.join(WORLDS)}|ema-[\d.]+))*$", name)[0] for name in table}
+    endings = {re.search(rf"(-({'|'.join(WORLDS)}|slow|ema-[\d.]+))*$", name)[0] for name in table}
     if len(endings) == 1:
         table = {name.removesuffix(*endings): runs for name, runs in table.items()}
     return {name: table[name] for name in ("untrained", *objectives.OBJECTIVES) if name in table} | table

@@ -363,11 +363,11 @@ def test_probes_of_moving_shapes_see_the_clips_tokens_and_labels_that_they_name(
             return whole(*size, **how).fill_(math.nan) if how.get("dtype") is torch.float16 else whole(*size, **how)
         patch.setattr(torch, "empty", empty)
         encoder = probe.make_encoder(CONFIG)
-        found = probe.probe_shapes(encoder, {**CONFIG, "world": "slow"}, 192, seed=3, shots=shots)
+        found = probe.probe_shapes(encoder, CONFIG, 192, seed=3, shots=shots)
     assert list(found) == ["1", "2" if shots[1] else "all", "linear"]
     tokens, labels = [], []
     for seed, count in ((probe.HELD_OUT, 192), (probe.HELD_OUT + 1, 64)):
-        source = Shapes(4, 16, seed, world="slow")
+        source = Shapes(4, 16, seed)
         with torch.no_grad():
             tokens.append(torch.cat([encoder(normalise(source.clips(range(i, i + 64))))[..., -128:].clone()
                                      for i in range(0, count, 64)]))

@@ -1,12 +1,12 @@
 """The synthetic clips: known factors, independent of each other, and no motion in a single frame."""
+import itertools
+import math
+
 import numpy as np
 import pytest
 import torch
 
-import synthetic
-from synthetic import APPEARANCES, DIRECTIONS, FACTORS, SIDE, WORLDS, Blobs, Shapes
-
-SPEEDS = WORLDS["default"].speeds
+from synthetic import APPEARANCES, DIRECTIONS, SIDE, WORLDS, Blobs, Dives, Shapes
 
 
 def chi_square(counts, expected):
@@ -16,103 +16,140 @@ def chi_square(counts, expected):
     return (statistic - freedom) / np.sqrt(2 * freedom)
 
 
-def brightness_centre(frame):
-    """Centre of the bright pixels of one frame [size, size] on the torus, as angles (row, column) in [0, 2 pi)."""
-    size = frame.shape[-1]
-    waves = torch.exp(2j * torch.pi * (torch.arange(size) + 0.5) / size)
-    weight = frame.double()
-    return [torch.angle((weight.sum(1 - axis) * waves).sum()).item() % (2 * np.pi) for axis in (0, 1)]
+def brightness_centre(frames):
+    """Centre of the bright pixels of frames [..., size, size] on the torus, as angles in
+    [0, 2 pi): [..., 2], row and column."""
+    frames = np.asarray(frames, np.float64)
+    waves = np.exp(2j * np.pi * (np.arange(frames.shape[-1]) + 0.5) / frames.shape[-1])
+    rows, columns = frames.sum(-1) @ waves, frames.sum(-2) @ waves
+    return np.angle(np.stack((rows, columns), axis=-1)) % (2 * np.pi)
 
 
-def test_the_same_seed_and_item_give_the_same_clip_alone_or_in_a_batch():
-    source = Shapes(8, 32, seed=3)
+@pytest.mark.parametrize("world", WORLDS.values())
+def test_the_same_seed_and_item_give_the_same_clip_alone_or_in_a_batch(world):
+    source = world(8, 32, seed=3)
     together = source.clips([5, 6, 7])
-    assert torch.equal(together[1], Shapes(8, 32, seed=3).clips([6])[0])
-    assert not torch.equal(together[0], together[1])
-    assert not torch.equal(together, Shapes(8, 32, seed=4).clips([5, 6, 7]))
     assert together.dtype == torch.uint8 and together.shape == (3, 3, 8, 32, 32)
+    assert torch.equal(together[1], world(8, 32, seed=3).clips([6])[0])
+    assert not torch.equal(together[0], together[1])
+    assert not torch.equal(together, world(8, 32, seed=4).clips([5, 6, 7]))
+    clip, label = source.video(6)
+    assert torch.equal(clip, together[1]) and label == source.factors([6])[world.few[0]]
 
 
-@pytest.mark.parametrize("first, second, sizes", [
-    ("direction", "appearance", (len(DIRECTIONS), len(APPEARANCES))),
-    ("direction", "speed", (len(DIRECTIONS), len(SPEEDS))),
-    ("speed", "appearance", (len(SPEEDS), len(APPEARANCES))),
-])
-def test_factors_are_uniform_and_independent(first, second, sizes):
-    factors = Shapes(8, 32, seed=0).factors(range(6400))
-    counts = np.zeros(sizes)
-    np.add.at(counts, (factors[first].numpy(), factors[second].numpy()), 1)
-    assert abs(chi_square(counts, np.full(sizes, 6400 / counts.size))) < 4
+@pytest.mark.parametrize("world", WORLDS.values())
+def test_factors_are_uniform_and_independent_and_the_last_is_all_motion_together(world):
+    factors = world(8, 32, seed=0).factors(range(4000))
+    assert {name: int(labels.max()) + 1 for name, labels in factors.items()} == world.classes
+    assert {*world.few, *world.linear} <= {*world.classes}
+    *motion, appearance, together = world.classes
+    for pair in itertools.combinations((*motion, appearance), 2):
+        sizes = [world.classes[name] for name in pair]
+        counts = np.zeros(sizes)
+        np.add.at(counts, tuple(factors[name].numpy() for name in pair), 1)
+        assert abs(chi_square(counts, np.full(sizes, 4000 / counts.size))) < 4, pair
+
+    combinations = [*itertools.product(*(range(world.classes[name]) for name in motion))]
+    drawn = zip(*(factors[name].tolist() for name in motion))
+    assert [combinations.index(each) for each in drawn] == factors[together].tolist()
 
 
-def test_motion_is_direction_and_speed_together():
-    factors = Shapes(8, 32, seed=0).factors(range(500))
-    assert factors.keys() == FACTORS.keys()
-    assert torch.equal(factors["motion"], 4 * factors["direction"] + factors["speed"])
-    assert {name: int(labels.max()) + 1 for name, labels in factors.items()} == FACTORS
-
-
-@pytest.mark.parametrize("name", WORLDS)
-def test_worlds_differ_in_what_moves_and_in_nothing_else(name):
-    world, source, default = WORLDS[name], Shapes(8, 32, 0, world=name), Shapes(8, 32, 0)
-    usual = default.factors(range(50))
-    assert all(torch.equal(labels, usual[factor]) for factor, labels in source.factors(range(50)).items())
-    clips = source.clips(range(50))
-    assert {clips.min().item(), clips.max().item()} == {world.ground, world.shape}
-    inside = (clips.float() - world.ground).mean() / (world.shape - world.ground) * SIDE ** 2  # in square world units
-    areas = (default.clips(range(50)).float() / 255).mean() * SIDE ** 2
-    expected = areas.item() * (world.radius / 10) ** 2  # large ones overlap themselves
-    assert inside.item() == pytest.approx(expected, rel=0.12)
-
-
-@pytest.mark.parametrize("frame", [0, 3, 7])
-def test_the_place_in_one_frame_is_uniform_whatever_the_direction(frame):
-    """So that a frame alone carries no information about the direction: 8 directions x 16 places, by chi-square."""
+def test_the_place_in_one_frame_is_uniform_whatever_the_direction():
+    """A frame alone carries no information about it: 8 directions x 16 places, by chi-square."""
     source, count = Shapes(8, 16, seed=1), 3200
     directions = source.factors(range(count))["direction"].numpy()
-    clips = source.clips(range(count))[:, 0, frame]
-    centres = np.array([brightness_centre(clip) for clip in clips])
-    places = (centres / (2 * np.pi) * 4).astype(int) % 4  # a 4x4 chessboard
-    counts = np.zeros((8, 4, 4))
-    np.add.at(counts, (directions, places[:, 0], places[:, 1]), 1)
-    expected = np.bincount(directions, minlength=8)[:, None, None] / 16 * np.ones_like(counts)
-    assert abs(chi_square(counts, expected)) < 4
+    clips = source.clips(range(count))[:, 0]
+    for frame in (0, 3, 7):
+        centres = brightness_centre(clips[:, frame])
+        places = (centres / (2 * np.pi) * 4).astype(int) % 4  # a 4x4 chessboard
+        counts = np.zeros((8, 4, 4))
+        np.add.at(counts, (directions, places[:, 0], places[:, 1]), 1)
+        expected = np.bincount(directions, minlength=8)[:, None, None] / 16 * np.ones_like(counts)
+        assert abs(chi_square(counts, expected)) < 4
 
 
 def nearest_neighbour_accuracy(features, labels, train):
-    """Percent of the items after the first `train` whose nearest one among these has the same label."""
+    """Percent of the items after the first `train` whose nearest one among these has its label."""
     nearest = torch.cdist(features[train:], features[:train]).argmin(1)
     return 100 * (labels[:train][nearest] == labels[train:]).float().mean().item()
 
 
 def test_a_classifier_reads_direction_from_two_frames_but_not_from_one():
     source = Shapes(2, 16, seed=2)
-    clips, labels = source.clips(range(6000))[:, 0].float(), source.factors(range(6000))["direction"]
-    one = nearest_neighbour_accuracy(clips[:, 0].flatten(1), labels, 5000)
-    two = nearest_neighbour_accuracy(clips.flatten(1), labels, 5000)
+    clips, labels = source.clips(range(6000))[:, 0], source.factors(range(6000))["direction"]
+    one = nearest_neighbour_accuracy(clips[:, 0].flatten(1).float(), labels, 5000)
+    two = nearest_neighbour_accuracy(clips.flatten(1).float(), labels, 5000)
     assert abs(one - 12.5) < 4.2  # chance, within four standard deviations of 1,000 answers
     assert two > 40
 
 
 def test_motion_is_the_factor_says_so():
-    """The centre of brightness moves by speed * (cos, sin) of the direction, every frame, around the edges too."""
+    """The centre of brightness moves by speed * (cos, sin) of the direction, every frame, around
+    the edges too."""
     source = Shapes(8, 64, seed=5)
     factors = source.factors(range(40))
-    for item, clip in enumerate(source.clips(range(40))[:, 0]):
-        centres = np.array([brightness_centre(frame) for frame in clip])
-        steps = (np.diff(centres, axis=0) + np.pi) % (2 * np.pi) - np.pi  # the short way round
-        down, right = (steps.mean(0) / (2 * np.pi) * SIDE)
-        angle = factors["direction"][item].item() * 2 * np.pi / 8
-        speed = SPEEDS[factors["speed"][item]]
-        assert (right, down) == pytest.approx((speed * np.cos(angle), speed * np.sin(angle)), abs=0.1)
+    centres = brightness_centre(source.clips(range(40))[:, 0])
+    steps = (np.diff(centres, axis=1) + np.pi) % (2 * np.pi) - np.pi  # the short way round
+    down, right = (steps.mean(1) / (2 * np.pi) * SIDE).T
+    angle = factors["direction"].numpy() * 2 * np.pi / len(DIRECTIONS)
+    speed = np.array(Shapes.SPEEDS)[factors["speed"]]
+    assert right == pytest.approx(speed * np.cos(angle), abs=0.1)
+    assert down == pytest.approx(speed * np.sin(angle), abs=0.1)
 
 
-def test_appearances_are_told_apart_by_eye_or_nearest_neighbour():
+def test_appearances_are_told_apart_by_nearest_neighbour():
     source = Shapes(1, 32, seed=6)
     labels = source.factors(range(600))["appearance"]
     clips = source.clips(range(600))[:, 0, 0].float()
     spectrum = torch.fft.fft2(clips).abs().flatten(1)  # the same wherever the shape stands
     assert nearest_neighbour_accuracy(spectrum, labels, 400) > 95
+    assert len(APPEARANCES) == Shapes.classes["appearance"]
+
+
+# ------------------------------------------------------------------------------------------- dives
+
+
+def all_dives(appearance=0):
+    """The factors of each of the 48 dives, in one appearance, as `Dives.draw` gives them."""
+    *motion, _, together = Dives.classes
+    rows = torch.tensor([*itertools.product(*(range(Dives.classes[name]) for name in motion))])
+    factors = dict(zip(motion, rows.T)) | {together: torch.arange(48)}
+    return factors | {"appearance": torch.full((48,), appearance)}
+
+
+@pytest.mark.parametrize("frames", [8, 16])
+def test_any_frame_of_a_dive_is_a_frame_of_the_dives_of_its_position(frames):
+    """Exactly: another orientation and another side at the start, both uniform, make frame k of
+    one dive frame k of another. So no frame says anything about sense, turns or twist."""
+    source, factors = Dives(frames, 32, 0), all_dives()
+    nuisances = torch.rand(1, Dives.nuisances, generator=torch.Generator().manual_seed(0))
+    for frame in (0, frames // 2, frames - 1):
+        share = frame / (frames - 1)
+        turned = (2 * factors["sense"] - 1) * (factors["turns"] + 1) / 2 * share
+        others = nuisances.repeat(48, 1)
+        others[:, 7] -= turned  # of a full turn
+        others[:, 8] -= factors["twist"] * share
+        shown = source.render(factors, others)[:, frame].unflatten(0, (8, 3, 2))
+        torch.testing.assert_close(shown, shown[:1, :, :1].expand_as(shown), rtol=0, atol=0.1)
+        same = source.render(factors, nuisances.repeat(48, 1))
+        assert torch.pdist(same.flatten(1)).min() > 100  # while whole clips of all dives differ
+
+
+def test_head_and_body_tell_sense_and_turns():
+    """An oracle that tracks the orientation, from the body's centre to the head's, over the clip."""
+    source, count = Dives(16, 64, seed=4), 64
+    factors = source.factors(range(count))
+    clips = source.clips(range(count))[:, 0].numpy().astype(float)
+    head, body = (clips > 172) & (clips < 188), clips > 100
+    towards = brightness_centre(head) - brightness_centre(body)
+    towards = (towards + np.pi) % (2 * np.pi) - np.pi
+    angle = np.unwrap(np.arctan2(towards[..., 0], towards[..., 1]))
+    turned = (angle[:, -1] - angle[:, 0]) / np.pi
+    assert (np.sign(turned) == 2 * factors["sense"].numpy() - 1).all()
+    assert (np.abs(turned).round() == factors["turns"].numpy() + 1).mean() > 0.95
+
+
+# ------------------------------------------------------------------------------------------- blobs
 
 
 def naive_blob(seed, move=None):
@@ -136,7 +173,7 @@ def naive_blob(seed, move=None):
     return frames
 
 
-def test_blobs_are_the_studys_own_clips():
+def test_blobs_are_the_papers_own_clips():
     moves = [(0, -4), (3, -3), (4, 0), (3, 3), (0, 4), (-3, 3), (-4, 0), (-3, -3)]
     for item in (0, 5, 13):
         clip, label = Blobs().video(item)
