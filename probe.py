@@ -41,6 +41,7 @@ LABELS, DRAWS = 5, 5  # labelled clips per class, and how often they are drawn
 EPISODES, QUERIES = 600, 15  # and test clips per class of an episode, or as many as there are
 FEWEST_CLIPS = 192  # of the moving shapes
 FEW_FACTORS, LINEAR_FACTORS = ("direction", "motion", "appearance"), ("direction", "speed", "appearance")
+ALONG_TRAIN, ALONG_TEST = 400, 192  # clips for the probe along a run: to draw the labelled ones from, to be tested on
 CHUNK = 16  # clips in a file of features
 MOST_CLASSES = 100_000  # a head has an output for each; a larger label is a date or an identifier
 
@@ -273,6 +274,46 @@ def probe_shapes(encoder, config, count, seed=0, shots=(LABELS,), about="the enc
         if factor in LINEAR_FACTORS:
             found["linear"][factor], = accuracies(LINEAR, *linear, [seed], device, progress=f"linear: {factor}")
     return found
+
+
+def sample(encoder, source, items):
+    """Tokens of some clips of a labelled source as Labelled, without those that cannot be read."""
+    found, labels = [], []
+    for rows in torch.as_tensor(items).split(CHUNK):
+        clips = data.read_all(rows.tolist(), source)
+        kept = [row for row, clip in zip(rows.tolist(), clips) if torch.is_tensor(clip)]
+        if kept:
+            clips = torch.stack([clip for clip in clips if torch.is_tensor(clip)])
+            found.append(last_level(encoder, clips).half().cpu())
+            labels += [source.labels[row] for row in kept]
+    if not found:
+        raise ValueError(f"none of {len(items)} clips for the probe along the run can be read")
+    return Labelled(torch.cat(found), torch.tensor(labels))
+
+
+def along(encoder, config, sources=None):
+    """What few labels tell of an encoder while it is trained: {factor, or "class": top-1 %}, in about a second.
+
+    One attentive head each, from `LABELS` clips per class, on up to `ALONG_TEST` others: moving shapes that no run
+    trains on or, if given, labelled sources (train, test). The random numbers of the run are left alone.
+    """
+    device, sets = encoder.video.device, {}
+    if sources:
+        few = draw_shots(torch.tensor(sources[0].labels), LABELS, 0)
+        exam = torch.linspace(0, len(sources[1]) - 1, min(ALONG_TEST, len(sources[1]))).long()
+        sets["class"] = [sample(encoder, sources[0], (few >= 0).nonzero().squeeze(1)), sample(encoder, sources[1], exam)]
+    else:
+        (train, _), (test, _) = held_out(encoder, config, FEWEST_CLIPS)
+        known = train.factors(range(ALONG_TRAIN))
+        # Draws for the other factors are from the clips of the largest one.
+        items = (draw_shots(known["motion"], LABELS, 0) >= 0).nonzero().squeeze(1)
+        tokens = [torch.cat([last_level(encoder, shapes.clips(rows)).half().cpu() for rows in some.split(64)])
+                  for shapes, some in ((train, items), (test, torch.arange(ALONG_TEST)))]
+        tested = test.factors(range(ALONG_TEST))
+        sets = {factor: [Labelled(tokens[0], known[factor][items]), Labelled(tokens[1], tested[factor])]
+                for factor in FEW_FACTORS}
+    with torch.random.fork_rng():
+        return {name: accuracies(FEW, *each, [0], device, LABELS)[0] for name, each in sets.items()}
 
 
 def show_shapes(rows, count):
