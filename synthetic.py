@@ -93,8 +93,10 @@ class World:
         from the nearest of the centre's copies.
         """
         pixel = (torch.arange(self.size, device=self.device) + 0.5) * (SIDE / self.size)
-        return [(pixel - each[..., None] + SIDE / 2).remainder(SIDE) - SIDE / 2
-                for each in (centre.real, centre.imag)]
+        return [
+            (pixel - each[..., None] + SIDE / 2).remainder(SIDE) - SIDE / 2
+            for each in (centre.real, centre.imag)
+        ]
 
     def cover(self, distance):
         """The share of a pixel inside an outline that is `distance` world units away."""
@@ -111,7 +113,11 @@ class Shapes(World):
     The start is uniform and the motion wraps around, so the place in any one frame is uniform
     whatever the direction: a single frame says nothing about the motion.
     """
-    classes = {"direction": 8, "speed": 4, "appearance": 8, "motion": 32}
+    classes = {
+        "direction": 8, "speed": 4,
+        "appearance": 8,
+        "motion": 32,
+    }
     few = ("direction", "motion", "appearance")
     linear = ("direction", "speed", "appearance")
     nuisances = 2  # the start
@@ -136,7 +142,10 @@ class Shapes(World):
 
 
 def capsule(x, y, begin, end):
-    """Distance [B, T, row, column] of pixels at x, y [B, T, size] from a line segment [B, T]."""
+    """Distance [B, T, row, column] of pixels at x, y [B, T, size] from a line segment.
+
+    It goes from `begin` to `end`, complex [B, T]. What lies inside a radius is a limb.
+    """
     length = (end - begin).abs()[..., None]
     toward = (end - begin)[..., None] / length
     x, y = x - begin.real[..., None], y - begin.imag[..., None]
@@ -151,59 +160,65 @@ class Dives(World):
 
     A pocket-size Diving-48 (Li et al., 2018). A dive is its sense of rotation, its half turns
     (1 to 4, spread over the clip whatever its length), its position (straight, pike or tuck) and
-    whether the figure twists once about its long axis. Place, orientation, side and drift are
-    uniform, so a single frame says nothing about sense, turns or twist. The ground has a texture
-    and drifts as if the camera moved.
+    whether the figure twists once about its long axis. Place, drift, size, orientation and side
+    are uniform, so a single frame says nothing about sense, turns or twist. The ground has a
+    texture and drifts as if the camera moved.
     """
-    classes = {"sense": 2, "turns": 4, "position": 3, "twist": 2, "appearance": 8, "dive": 48}
+    classes = {
+        "sense": 2, "turns": 4, "position": 3, "twist": 2,
+        "appearance": 8,
+        "dive": 48,
+    }
     few = ("dive", "appearance")
     linear = ("turns", "sense", "dive", "appearance")
     nuisances = 11
 
     FOLDS = (0.0, 0.0), (2.2, 0.0), (2.2, 2.3)  # straight, pike, tuck: hip and knee, radians
-    SUITS = tuple(itertools.product((110.0, 250.0), (110.0, 250.0), (30.0, 60.0)))
+    # Brightness of legs, torso and ground in each appearance; the head is always the same.
+    SUITS = tuple(itertools.product((150.0, 250.0), (150.0, 250.0), (20.0, 60.0)))
     WAVES = (1, 2), (3, 1), (2, 3)  # of the ground: how many across, how many down
 
     def render(self, factors, nuisances):
-        column, row, left, top, size, speed, camera, *angles = nuisances.T[..., None]  # (B, 1)
-        orientation, side, heading, pan = (2 * torch.pi * angle for angle in angles)
+        orientation, side, size = nuisances[:, 8:].T[..., None]  # (B, 1) each
+        pairs = nuisances[:, :8].reshape(-1, 4, 2) - 0.5
+        place, drift, corner, camera = torch.view_as_complex(pairs).T[..., None]
         time = torch.arange(self.frames, device=self.device)
         flown = time / max(1, self.frames - 1)  # share of the flight (T)
 
         # Points of the plane are complex numbers x + iy; those of the figure start at its hip.
         half_turns = (2 * factors["sense"] - 1) * (factors["turns"] + 1)
-        up = point(torch.pi * half_turns[:, None] * flown + orientation)  # (B, T)
-        side = side + 2 * torch.pi * factors["twist"][:, None] * flown
+        angle = torch.pi * (2 * orientation + half_turns[:, None] * flown)  # y points down
+        scale = 1.05 + 0.15 * size
+        up = scale * point(angle)  # (B, T)
+        side = 2 * torch.pi * (side + factors["twist"][:, None] * flown)
         front = 1j * up * side.cos()  # shorter as the figure turns towards us or away
 
         # The position is entered in the first quarter of the flight and left in the last.
         folded = (2 - (4 * flown - 2).abs()).clamp(0, 1)
-        hip, knee = torch.tensor(self.FOLDS, device=self.device)[factors["position"]].T[..., None]
-        hip = hip * folded  # (B, T)
-        shin = hip - knee * folded
-        knee = 5 * (front * hip.sin() - up * hip.cos())
+        folds = torch.tensor(self.FOLDS, device=self.device)[factors["position"]]
+        thigh, bend = folds.T[..., None] * folded  # (B, T)
+        shin = thigh - bend
+        knee = 5 * (front * thigh.sin() - up * thigh.cos())
         foot = knee + 5 * (front * shin.sin() - up * shin.cos())
-        head = 8 * up + front
+        head = 8 * up + 1.5 * front
 
         suits = torch.tensor(self.SUITS, device=self.device)[factors["appearance"]]
         legs, torso, ground = suits.T[..., None, None, None]  # (B, 1, 1, 1)
         parts = [  # from, to, radius, brightness
-            (0 * up, knee, 1.5, legs),
-            (knee, foot, 1.2, legs),
-            (0 * up, 6 * up, 1.3 + side.sin().abs(), torso),
-            (head, head + 0.1 * up, 1.7, torch.full_like(legs, 180.0)),
+            (0 * up, knee, 2.0, legs),
+            (knee, foot, 1.8, legs),
+            (0 * up, 6 * up, 1.2 + 2 * side.sin().abs(), torso),
+            (head, head + 0.1 * up, 1.8, torch.full_like(legs, 200.0)),
         ]
 
         # The camera moves the ground by up to 1.5 units a frame.
-        corner = SIDE * torch.complex(left, top) + 1.5 * camera * time * point(pan)
-        picture = ground + 10 * self.texture(corner)
-        place = SIDE * torch.complex(column, row) + (0.3 + 0.7 * speed) * time * point(heading)
-        x, y = self.offsets(place)
-        scale = 0.85 + 0.3 * size
+        corner = SIDE * corner + 2.1 * camera * time
+        picture = ground + 4 * self.texture(corner)
+        hip = SIDE * (0.5 + 0.5j) + 5 * place + 8 * drift * (flown - 0.5)
+        x, y = self.offsets(hip)
         for begin, end, radius, brightness in parts:
-            distance = capsule(x, y, scale * begin, scale * end)
-            inside = self.cover(distance - (scale * radius)[..., None, None])
-            picture = picture.lerp(brightness, inside)
+            distance = capsule(x, y, begin, end) - (scale * radius)[..., None, None]
+            picture = picture.lerp(brightness, self.cover(distance))
         return picture
 
     def texture(self, corner):
@@ -211,7 +226,9 @@ class Dives(World):
         x, y = (2 * torch.pi / SIDE * offset for offset in self.offsets(corner))  # (B, T, size)
         waves = 0
         for across, down in self.WAVES:
-            waves = waves + (across * x).sin()[:, :, None] * (down * y).cos()[..., None]
+            columns = (across * x).sin()
+            rows = (down * y).cos()
+            waves = waves + columns[:, :, None] * rows[..., None]
         return waves
 
 
@@ -223,8 +240,13 @@ class Blobs:
     clip 42 + i has the background, noise, disc and start of evaluation clip i. Equal to the
     paper's to the bit, before they are compressed.
     """
-    SIZE, FRAMES, FPS = 160, 32, 8
-    MOVES = ((0, -4), (3, -3), (4, 0), (3, 3), (0, 4), (-3, 3), (-4, 0), (-3, -3))  # px, y down
+    SIZE = 160
+    FRAMES = 32
+    FPS = 8
+    MOVES = (  # pixels a frame, y down
+        (0, -4), (3, -3), (4, 0), (3, 3),
+        (0, 4), (-3, 3), (-4, 0), (-3, -3),
+    )
 
     def __init__(self, first=42, directions=True):
         self.first = first  # seed of clip 0
@@ -237,7 +259,7 @@ class Blobs:
         noise = draw.integers(0, 30, (self.FRAMES, self.SIZE, self.SIZE, 1))
         colour = draw.integers(120, 256, 3, dtype=np.uint8)
         radius = draw.integers(10, 40)
-        start = draw.integers(radius, self.SIZE - radius), draw.integers(radius, self.SIZE - radius)
+        start = [draw.integers(radius, self.SIZE - radius) for _ in "xy"]
         if self.directions:
             label = int(item) % len(self.MOVES)
             move = self.MOVES[label]

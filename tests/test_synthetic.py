@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+import probe
+from model import Encoder, Size
 from synthetic import APPEARANCES, DIRECTIONS, SIDE, WORLDS, Blobs, Dives, Shapes
 
 
@@ -127,26 +129,59 @@ def test_any_frame_of_a_dive_is_a_frame_of_the_dives_of_its_position(frames):
         share = frame / (frames - 1)
         turned = (2 * factors["sense"] - 1) * (factors["turns"] + 1) / 2 * share
         others = nuisances.repeat(48, 1)
-        others[:, 7] -= turned  # of a full turn
-        others[:, 8] -= factors["twist"] * share
+        others[:, 8] -= turned  # of a full turn
+        others[:, 9] -= factors["twist"] * share
         shown = source.render(factors, others)[:, frame].unflatten(0, (8, 3, 2))
         torch.testing.assert_close(shown, shown[:1, :, :1].expand_as(shown), rtol=0, atol=0.1)
         same = source.render(factors, nuisances.repeat(48, 1))
         assert torch.pdist(same.flatten(1)).min() > 100  # while whole clips of all dives differ
 
 
-def test_head_and_body_tell_sense_and_turns():
-    """An oracle that tracks the orientation, from the body's centre to the head's, over the clip."""
-    source, count = Dives(16, 64, seed=4), 64
+def test_probes_of_one_frame_are_at_chance_in_what_is_motion_and_see_the_position():
+    """Linear, by least squares on pixels, and attentive, on tokens of an untrained encoder."""
+    source, count, train = Dives(8, 16, seed=3), 1800, 1200
     factors = source.factors(range(count))
+    frames = source.clips(range(count))[:, :, 4:5]  # (n, 3, 1, 16, 16)
+    pixels = torch.cat((frames[:, 0].flatten(1) / 255, torch.ones(count, 1)), dim=1)
+    torch.manual_seed(0)
+    encoder = Encoder(Size(128, 2, 4), patch=4, tubelet=2)
+    tokens = probe.last_level(encoder, frames.repeat(1, 1, 2, 1, 1))  # (n, 16, 64)
+
+    for name in ("sense", "turns", "twist", "position"):
+        labels, chance = factors[name], 1 / Dives.classes[name]
+        one_hot = torch.nn.functional.one_hot(labels[:train]).float()
+        ridge = pixels[:train].T @ pixels[:train] + torch.eye(pixels.shape[1])
+        scores = pixels[train:] @ torch.linalg.solve(ridge, pixels[:train].T @ one_hot)
+        linear = 100 * (scores.argmax(1) == labels[train:]).double().mean().item()
+        sets = [probe.Labelled(tokens[rows], labels[rows])
+                for rows in (slice(train), slice(train, None))]
+        attentive, = probe.accuracies(probe.FEW, *sets, [0], "cpu")
+
+        deviation = 100 * math.sqrt(chance * (1 - chance) / (count - train))
+        if name == "position":
+            assert min(linear, attentive) > 100 * chance + 4 * deviation
+        else:
+            assert max(linear, attentive) < 100 * chance + 3 * deviation, name
+
+
+def test_orientation_tracked_over_the_clip_tells_sense_and_turns():
+    """An oracle: the direction from the body's centre to the head's, unwrapped. And the width of
+    a straight body changes where it twists, and only there."""
+    source, count = Dives(16, 64, seed=4), 64
+    factors = {name: labels.numpy() for name, labels in source.factors(range(count)).items()}
     clips = source.clips(range(count))[:, 0].numpy().astype(float)
-    head, body = (clips > 172) & (clips < 188), clips > 100
+    head, body = (clips > 190) & (clips < 210), clips > 100
     towards = brightness_centre(head) - brightness_centre(body)
     towards = (towards + np.pi) % (2 * np.pi) - np.pi
     angle = np.unwrap(np.arctan2(towards[..., 0], towards[..., 1]))
-    turned = (angle[:, -1] - angle[:, 0]) / np.pi
-    assert (np.sign(turned) == 2 * factors["sense"].numpy() - 1).all()
-    assert (np.abs(turned).round() == factors["turns"].numpy() + 1).mean() > 0.95
+    half_turns = (angle[:, -1] - angle[:, 0]) / np.pi
+    assert (np.sign(half_turns) == 2 * factors["sense"] - 1).all()
+    assert (np.abs(half_turns).round() == factors["turns"] + 1).mean() > 0.95
+
+    area = body.sum((-1, -2))
+    changes = area.std(1) / area.mean(1) > 0.06
+    straight = factors["position"] == 0
+    assert (changes == factors["twist"])[straight].all() and straight.sum() > 10
 
 
 # ------------------------------------------------------------------------------------------- blobs
