@@ -3,9 +3,14 @@ import csv
 import itertools
 import json
 import math
+import os
 import re
 import signal
 import subprocess
+import sys
+import time
+import traceback
+import types
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +120,7 @@ def test_tables_hold_means_and_paired_differences_and_mark_what_stands_and_what_
                         ("baseline-slow", "{}*"), ("untrained", "{}")):
         assert differences[name]["motion, 5 labels"] == shown.format(paired[name.removesuffix(" †")]), name
     assert differences["ld"]["appearance, 5 labels"] == "(+0.0 ± 0.0)"
-    assert "over 5 objectives, or 1 other forms" in " ".join(text.split())
+    assert "over 5 objectives or 1 other form" in " ".join(text.split())
     assert study.main(["--table", path, "--reference", "ld", "--rows", "baseline,fwm"]) == 0
     differences = table_of(capsys.readouterr().out, 1)
     assert list(differences) == ["baseline", "fwm"] and differences["baseline"]["motion, 5 labels"][:5] == "-11.0"
@@ -203,11 +208,13 @@ def test_results_that_lack_what_a_question_needs_are_one_sentence(tmp_path, caps
 # ----------------------------------------------------------------------------------------------- results of probe.py
 
 
-def write_results(folder, values, **how):
+def write_results(folder, values, source="b", **how):
     """results-*.json with one measurement; values: a list of top-1 per run, of which each becomes a file."""
     folder.mkdir(exist_ok=True)
     for number, each in enumerate(values):
-        write_json(folder / f"{number}.json", {"measurements": {"all labels": {"values": each, "how": how}}})
+        write_json(folder / f"{number}.json", {
+            "train": {"source": "a"}, "test": {"source": source},
+            "measurements": {"all labels": {"values": each, "how": how}}})
     return [str(folder / f"{number}.json") for number in range(len(values))]
 
 
@@ -223,7 +230,9 @@ def test_two_results_are_compared_draw_by_draw_and_several_run_by_run(tmp_path, 
     other, = write_results(tmp_path / "other", values[:1], seed=1)
     assert study.main(["--compare", *paths[:3], other]) == 0
     assert re.search(r"all labels +not comparable: its seed differ between results", capsys.readouterr().out)
-    for wrong, sentence in ((paths[:3], "has 3 results; give as many of A as of B"),
+    other, = write_results(tmp_path / "clips", values[:1], "c", seed=0)
+    for wrong, sentence in (([paths[0], other], "do not say that their test clips are the same"),
+                            (paths[:3], "has 3 results; give as many of A as of B"),
                             (["a.json", paths[0]], "a.json is missing, or is no result of probe.py")):
         assert study.main(["--compare", *wrong]) == 1 and sentence in capsys.readouterr().err
 
@@ -250,11 +259,50 @@ OBJECTIVES["mine"] = Objective("both", "what a small network sees is small", {"m
 TINY = "--frames 4 --crop 32 --patch 8 --batch 4 --steps 3 --log-every 1 --probe-clips 0".split()
 
 
+class Fork:
+    """Stands for subprocess.Popen: the command runs in a fork of this process, which has imported
+    torch already; it has its own output, signals and exit status."""
+
+    def __init__(self, command, stdout, stderr, env):
+        assert command[:2] == [sys.executable, study.__file__] and stdout is stderr
+        self.returncode, self.process = None, os.fork()
+        if self.process:
+            return
+        try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stdout.fileno(), 2)
+            sys.stdout = sys.stderr = open(1, "w", buffering=1)
+            self.returncode = study.main(command[2:])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(3 if self.returncode is None else self.returncode)
+
+    def poll(self):
+        if self.returncode is None:
+            process, status = os.waitpid(self.process, os.WNOHANG)
+            if process:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self):
+        while self.poll() is None:
+            time.sleep(0.01)
+
+    def terminate(self):
+        if self.poll() is None:
+            os.kill(self.process, signal.SIGTERM)
+
+
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
     """Works in a folder with mine.py; what it adds to tables is taken out again."""
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
+    how = types.SimpleNamespace(Popen=Fork, run=subprocess.run)
+    monkeypatch.setattr(study, "subprocess", how)
     tables = objectives.TERMS, objectives.HEADS, objectives.OBJECTIVES
     before = [dict(table) for table in tables]
 
@@ -289,6 +337,7 @@ def test_a_sweep_with_an_objective_of_your_own_goes_on_and_names_what_failed(min
     sweep += ["--objective", "baseline,mine", "--seeds", "0,1"]
     assert study.main(sweep) == 1
     output, errors = capfd.readouterr()
+    assert re.search(r"/4 .*mine-seed1 \w+", errors)  # the bar shows what runs
     assert "3 of 4 runs finished" in output and "study/baseline-seed1 failed with exit status 1" in errors
     assert "end of study/baseline-seed1.log: train.py: study/baseline-seed1 holds something that is not a run" in errors
     whole, resumed = (Path(out, "mine-seed1", "metrics.csv").read_bytes() for out in ("whole", "study"))
@@ -310,10 +359,12 @@ def test_a_sweep_with_an_objective_of_your_own_goes_on_and_names_what_failed(min
             "feature_std": float(rows[2]["feature_std"]), "effective_rank": float(rows[2]["effective_rank"]),
             "pred, first": pred[0], "pred, mean": sum(pred) / 3, "pred, last": pred[2]}, rel=1e-12)
 
-    mine()  # forgets mine.py; its checkpoint is evaluated all the same
-    flags = ["--blob-clips", "8,8", "--probe-epochs", "1", "--workers", "0", "--benchmark", "blobs"]
-    assert probe.main(["--checkpoint", "study/mine-seed1/last.pt", *flags]) == 0
-    assert capfd.readouterr().out.startswith("mine, target encoder at step 3\n")
+    mine()  # forgets mine.py; its checkpoint is evaluated, and its results shown, all the same
+    flags = probe.parse(["--checkpoint", "study/mine-seed1/last.pt"])
+    assert probe.open_frozen(flags, False).about == "mine, target encoder at step 3"
+    assert study.main(["--table", "study/results.jsonl"]) == 0
+    assert "| mine |" in (output := capfd.readouterr().out)
+    assert "over 1 objective; rows of three seeds" in output
 
 
 def test_a_run_of_a_sweep_is_probed_and_the_untrained_one_has_the_weights_that_a_run_begins_with(tmp_path, monkeypatch):
@@ -333,7 +384,7 @@ def test_a_run_on_blobs_is_probed_on_other_blobs(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "BLOB_CLIPS", "8,8")
     monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=1))
     run = tmp_path / "baseline-seed0"
-    flags = [*TINY, "--preset=blobs", "--model=tiny", "--patch=16", "--workers=0", "--micro-batch=0"]
+    flags = [*TINY, "--preset=blobs", "--model=tiny", "--patch=32", "--crop=64", "--workers=0", "--micro-batch=0"]
     assert study.main(["--shots", "1", "--child", "--objective=baseline", *flags, f"--out={run}"]) == 0
     found = json.loads((run / "study.json").read_text())["numbers"]
     checkpoint = probe.load_checkpoint(run / "last.pt")
