@@ -12,12 +12,18 @@ from synthetic import Shapes
 from test_probe import make_checkpoint, make_frozen, naive_features, quick_blobs  # noqa: F401
 
 
-def cells_of(path, crop):
-    """A PNG of square pictures with 2 pixels between them: float [rows, columns, 3, crop, crop] in 0..1."""
+def cells_of(path, crop, columns=4):
+    """A PNG of square pictures with 2 pixels between them, and words above and beside them: float
+    [rows, columns, 3, crop, crop] in 0..1."""
     image = torch.tensor(np.array(Image.open(path))).permute(2, 0, 1) / 255
-    rows, columns = ((size - 2) // (crop + 2) for size in image.shape[1:])
-    assert image.shape == (3, rows * (crop + 2) + 2, columns * (crop + 2) + 2)
-    return torch.stack([torch.stack([image[:, 2 + r * (crop + 2):, 2 + c * (crop + 2):][:, :crop, :crop]
+    assert (image[:, :pictures.TOP] < 0.5).sum() > 500  # the title
+    rows = (image.shape[1] - pictures.TOP - 2) // (crop + 2)
+    assert image.shape[1] == pictures.TOP + rows * (crop + 2) + 2
+    image = image[:, pictures.TOP + 2:, :]
+    names = image[:, :, :pictures.LEFT].unflatten(1, (rows, crop + 2))
+    assert (names[:, :, :14] < 0.5).any(3).any(2).all() and names[:, :, 14:].min() == 1
+    image = image[:, :, pictures.LEFT + 2:]
+    return torch.stack([torch.stack([image[:, r * (crop + 2):, c * (crop + 2):][:, :crop, :crop]
                                      for c in range(columns)]) for r in range(rows)])
 
 
@@ -70,7 +76,7 @@ def test_clips_of_a_benchmark_are_shown_without_the_unreadable_ones(tmp_path, ca
     assert "none of the 40 clips can be read; one is blobs42/" in capsys.readouterr().err
     quick_blobs[1]["broken"] = [i for i in range(160, 200) if i not in (171, 164)]
     assert pictures.main(flags) == 0 and not (tmp_path / "curves.png").exists()
-    source, rows = quick_blobs[0][-1], cells_of(tmp_path / "masks.png", 128)  # 2 clips, 2 time steps
+    source, rows = quick_blobs[0][-1], cells_of(tmp_path / "masks.png", 128, 2)  # 2 clips
     shown = [source.evaluation_clip(item - 160)[:, ::2].transpose(0, 1) / 255 for item in (171, 164)]
     small = rows.unflatten(0, (2, 3))[:, 0, ..., ::8, ::8]
     assert any(torch.allclose(small, torch.stack(order), atol=1 / 255) for order in (shown, shown[::-1]))
