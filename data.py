@@ -574,7 +574,7 @@ class PublicDataset(namedtuple("PublicDataset", "title marker read train test"))
         try:
             return self.read(places[0] if places else root)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}; README.md, 'The study's datasets', says what belongs to {self.title} "
+            raise FileNotFoundError(f"{error}; README.md, 'The paper's datasets', says what belongs to {self.title} "
                                     "and who offers it") from None
 
 

@@ -1,10 +1,11 @@
-"""Run every command of the README, shortened, so that none can rot: a command, which .ci/run calls.
+"""Run every command of README and lab report, shortened, so that none can rot; .ci/run calls this.
 
     python tests/readme_commands.py
 
-Each line that calls python or torchrun goes through bash, where programs only note what they were asked to run. Then
-every noted command runs here, in a folder with what the README takes for granted (datasets, checkpoints, your own
-videos), with more flags that make it short.
+Each line that calls python or torchrun goes through bash, where programs only note what they were
+asked to run. Then every noted command runs here, in a folder with what the texts take for granted
+(datasets, checkpoints, your own videos), with more flags that make it short. Programs in fenced
+blocks run in test_train.py and test_study.py.
 """
 import importlib
 import json
@@ -27,8 +28,8 @@ from miniature import write_datasets
 from model import SIZES, Encoder
 from test_probe import foreign
 
-SMALL = ["--model", "tiny", "--frames", "8", "--crop", "32", "--patch", "8", "--batch", "4", "--micro-batch", "4",
-         "--workers", "0", "--device", "cpu"]
+SMALL = ["--model", "tiny", "--frames", "8", "--crop", "32", "--patch", "8", "--batch", "4",
+         "--micro-batch", "4", "--workers", "0", "--device", "cpu"]
 STEPS = [*SMALL, "--steps", "2", "--probe-clips", "0"]
 BENCHMARK = [*SMALL, "--rounds", "1"]
 NOTE = """#!{python}
@@ -39,8 +40,9 @@ with open({notes!r}, "a") as notes:
 
 
 def commands_of(text):
-    """The shell lines of a Markdown text: indented ones that call python or torchrun or set a variable, then what
-    stands in backticks and begins with one of these two."""
+    """The shell lines of a Markdown text: indented ones that call python or torchrun or set a
+    variable, then what stands in backticks and begins with one of these two."""
+    text = re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S)
     lines = re.findall(r"^    (.*\bpython .*|.*\btorchrun .*|\w+=.*)$", text, re.M)
     inline = re.findall(r"`((?:python|torchrun) [^`]+)`", text)
     return lines + [line for line in inline if "<" not in line and "mine.py" not in line]
@@ -53,12 +55,13 @@ def noted(lines, folder):
     for name in ("python", "torchrun", "pip", "git", "head", "tail"):
         (programs / name).write_text(NOTE.format(python=sys.executable, notes=str(notes)))
         (programs / name).chmod(0o755)
-    script = re.sub(r"in 0 1 2 3( 4 5)?;", "in 0;", "\n".join(lines))
+    # of several seeds or ablations, the first
+    script = re.sub(r" in (0|stop_gradient) [^;]+;", r" in \1;", "\n".join(lines))
     subprocess.run(["bash", "-e"], input=script, text=True, check=True, cwd=folder,
                    env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"})
     calls = [json.loads(line) for line in notes.read_text().splitlines()]
-    unique = {json.dumps(call): call for call in calls if Path(call[0]).name in ("python", "torchrun")}
-    return list(unique.values())
+    calls = [call for call in calls if Path(call[0]).name in ("python", "torchrun")]
+    return list({json.dumps(call): call for call in calls}.values())
 
 
 def run(call):
@@ -67,12 +70,13 @@ def run(call):
     if arguments[:2] == ["-m", "pytest"]:
         return None
     if Path(program).name == "torchrun":
-        arguments = arguments[1:]  # one process in the place of several: test_train.py starts torchrun itself
+        arguments = arguments[1:]  # one process instead of several: test_train.py starts torchrun
     script, *flags = arguments
     module = importlib.import_module(Path(script).stem)
     short = {"data": ["--count", "16"] if "--write" in flags else [],
              "pictures": ["--clips", "600"], "benchmark": BENCHMARK,
-             "probe": ["--probe-epochs", "1", "--clips", "192", "--workers", "0", "--seeds", "2"], "train": STEPS,
+             "probe": ["--probe-epochs", "1", "--clips", "192", "--workers", "0", "--seeds", "2"],
+             "train": STEPS,
              "study": [*STEPS, "--seeds", "0"] if "--objective" in flags else []}[module.__name__]
     if "--train-list" in flags:
         lines = Path("clips/videos.csv").read_text().splitlines(keepends=True)
@@ -86,7 +90,8 @@ def run(call):
     if "all" in flags:
         short += ["--objective", "baseline,ld"]
     if "--with" in flags:
-        return subprocess.run([sys.executable, str(HERE.parent / script), *flags, *short]).returncode
+        line = [sys.executable, str(HERE.parent / script), *flags, *short]
+        return subprocess.run(line).returncode
     if {"--list", "--help", "--gradients", "--table", "--answer", "--agree", "--compare"} & set(flags):
         short = []
     status = module.main(flags + short)
@@ -101,7 +106,8 @@ def main():
     probe.FEW = probe.FEW._replace(steps=2)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        calls = noted(commands_of(readme), folder)
+        report = (HERE / "results/README.md").read_text()
+        calls = noted(commands_of(readme) + commands_of(report), folder)
         os.chdir(folder)
         (folder / "tests").symlink_to(HERE)
         write_datasets(folder / "DIR", train=5, test=2)
@@ -123,8 +129,8 @@ def main():
                 break
         os.chdir(HERE)
     if wrong:
-        sys.exit("these commands of the README failed, shortened:\n" + "\n".join(wrong))
-    print(f"{len(calls)} commands of the README work")
+        sys.exit("these commands failed, shortened:\n" + "\n".join(wrong))
+    print(f"{len(calls)} commands of README and lab report work")
 
 
 if __name__ == "__main__":

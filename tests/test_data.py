@@ -738,7 +738,7 @@ def test_a_missing_piece_is_named_with_where_to_read_more(copy, name, piece):
     shutil.rmtree(copy / piece) if (copy / piece).is_dir() else (copy / piece).unlink()
     with pytest.raises(FileNotFoundError) as error:
         files_of(name, copy)
-    assert str(error.value).startswith(f"{copy / piece} is missing; README.md, 'The study's datasets', says ")
+    assert str(error.value).startswith(f"{copy / piece} is missing; README.md, 'The paper's datasets', says ")
     assert data.DATASETS[name].title in str(error.value) and "\n" not in str(error.value)
 
 

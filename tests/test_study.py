@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import traceback
 import types
@@ -132,24 +133,40 @@ def test_tables_hold_means_and_paired_differences_and_mark_what_stands_and_what_
     assert table_of(capsys.readouterr().out, 1)["ld"]["motion, 5 labels"] == "+11.0 ± 0.0"
 
 
-def test_numbers_of_the_readme_are_those_that_its_commands_print(monkeypatch, capsys):
-    """Every row of its results, every mean with a spread, and every percentage with a decimal."""
+def test_numbers_of_the_lab_report_are_those_that_its_commands_print(monkeypatch, capsys):
+    """Every row of its tables, every number with a spread, an interval or a per cent sign, up to
+    the earlier results, and the README's answer; what the paper published as its file has it."""
     monkeypatch.chdir(study.ROOT)
+    report = Path("tests/results/README.md").read_text().partition("\n## 8 ")[0]
+    measured, _, published = report.partition("\n## 7 ")
     readme = Path("README.md").read_text()
-    readme = readme[readme.index("## What was found"):readme.index("## How data flows")] + \
-        readme[readme.index("## Where the released code departs"):readme.index("## The study's datasets")]
-    commands = "\n".join(re.findall(r"^    (.*python tests/study.py --(?:table|answer) tests/.*)", readme, re.M))
-    commands = subprocess.run(["bash"], input=f'python() {{ echo "$@"; }}\n{commands}', capture_output=True, text=True)
-    for command in commands.stdout.splitlines():
+    answer = readme.partition("\n## What was found\n")[2].partition("\n## ")[0]
+
+    line = r"^ {4,}(.*python tests/study.py --(?:table|answer) .*)"
+    commands = "\n".join(re.findall(line, report, re.M))
+    commands = subprocess.run(["bash"], input=f'python() {{ echo "$@"; }}\n{commands}',
+                              capture_output=True, text=True)
+    for command in dict.fromkeys(commands.stdout.splitlines()):
         assert study.main(command.split()[1:]) == 0
-    printed = capsys.readouterr().out
-    rows = re.findall(r"^\|.* ± .* ± .*\|$", readme[readme.index("## Results"):readme.index("## The seventeen")], re.M)
-    numbers = re.findall(r"[+-]?\d+\.\d+ ± \d+\.\d+\*?|[+-]\d\.\d\d \[[^]]*\]|\d+\.\d(?= %)", readme)
-    assert len(rows) > 8 and len(numbers) > 80
-    heads = json.loads(Path("tests/results/untrained_vit_base_blobs.json").read_text())["top-1 of four heads"]
-    assert all(f"{sum(values) / 4:.1f}" in readme for values in heads.values())
-    published = {"+0.80 [+0.44, +0.96]"}  # of the study's own table
-    assert [each for each in [*rows, *numbers] if each not in printed and each not in published] == []
+    for program in re.findall(r"^ *```python\n(.*?)```", report, re.M | re.S):
+        exec(textwrap.dedent(program), {})
+    heads = json.loads(Path("tests/results/untrained_vit_base_blobs.json").read_text())
+    heads = [f"{np.mean(values):.1f}" for values in heads["top-1 of four heads"].values()]
+    printed = capsys.readouterr().out + " ".join(heads)
+
+    tables = measured.partition("\n## 2 ")[2].partition("\n## 4 ")[0]
+    rows = re.findall(r"^\|.* ± .*\|$", tables, re.M)
+    kinds = (r"[+-]?\d+\.\d+ ± \d+\.\d+\*?", r"[+-]\d\.\d\d \[[^]]*\]", r"\d+\.\d(?= %)",
+             r"p = [\d.]*\d")
+    numbers = re.findall("|".join(kinds), measured + answer)
+    assert len(rows) > 150 and len(numbers) > 800 and all(mean in measured for mean in heads)
+    assert [each for each in [*rows, *numbers] if each not in printed] == []
+
+    for regime, results in json.loads(Path("tests/results/published.json").read_text()).items():
+        table = published[published.index(f"| {regime} regime "):].partition("\n\n")[0]
+        shown = [re.findall(r"\b\d+\.\d+", row) for row in table.splitlines()[2:]]
+        expected = [[*numbers.values()] for numbers in results.values()]
+        assert [[*map(float, row)] for row in shown] == expected
 
 
 @pytest.mark.parametrize("line, sentence", [
