@@ -11,8 +11,7 @@
 # What happens: copying can begin only at a key frame, so ffmpeg keeps the packets from the key
 # frame on and an edit list hides those before the cut. Cut at 0.5 s (frame 13 of 60, key frames
 # at 0, 20 and 40), the file plays frames 13 to 59.
-#   - PyAV's stream.frames and OpenCV's CAP_PROP_FRAME_COUNT say 60; both decode 47. OpenCV fails
-#     at frames 47 to 59.
+#   - PyAV's stream.frames and OpenCV's CAP_PROP_FRAME_COUNT say 60; both decode 47.
 #   - len(reader) of decord is 60. Read in order, the last 13 are copies of the last frame.
 #   - decord asked for frame i alone gives 13 + i as long as i < 20, but i from there on: it shows
 #     frame 32 at 19 and frame 20 at 20, so one number means different frames, depending on how it
