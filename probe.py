@@ -1,14 +1,16 @@
 """Measure what a frozen encoder knows: `python probe.py --checkpoint runs/NAME/last.pt`.
 
-    (nothing more)                          the table that ends a run, then the study's blobs: no data needed
-    --benchmark diving48 --root DIR         one of the study's five benchmarks, by the study's recipe
-    --train-list A.csv --test-list B.csv    your own videos, a line `path label` each: both heads, trained and untrained
-    ... --shots 1,5,20,all                  instead: both heads, learning from so few labelled clips per class
-    ... --episodes 600                      instead: 5-way 1- and 5-shot episodes, nearest class mean
+    (nothing more)                          the table that ends a run, then the paper's blobs
+    --benchmark diving48 --root DIR         one of the paper's five benchmarks, by its recipe
+    --train-list A.csv --test-list B.csv    your own videos, a line `path label` each: both heads,
+                                            on trained and on random weights
+    ... --shots 1,5,20,all                  both heads, learning from so few clips per class
+    ... --episodes 600                      5-way 1- and 5-shot episodes, nearest class mean
+    ... --features FILE.pt                  no head: the features themselves, for code of your own
 
-An encoder is evaluated on its last level alone (D of its 4D channels), as the study does. Features and results go into
-the checkpoint's folder. `--weights FILE --out DIR` takes V-JEPA 2.1 weights in the place of a checkpoint, and
-`--untrained vit_base` random ones.
+An encoder is evaluated on its last level alone (D of its 4D channels), as in the paper. Features
+and results go into the checkpoint's folder. `--weights FILE --out DIR` takes V-JEPA 2.1 weights in
+the place of a checkpoint, and `--untrained vit_base` random ones.
 """
 import argparse
 import functools
@@ -22,28 +24,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
-from tqdm import tqdm
-
-import data
-from data import command, locked, number, read_json, write_file, write_json
-from model import SIZES, Encoder, load_tensors, load_vjepa, normalise
-from objectives import Masking
-from synthetic import FACTORS, WORLDS
-
-HELD_OUT = 1_000_003  # seeds of the probes' clips: far from those of any training run
-WEIGHT_DECAY = 0.01
-BLOB_CLIPS = [160, 40]  # to train on, to test on, as in the study
 LABELS, DRAWS = 5, 5  # labelled clips per class, and how often they are drawn
 EPISODES, QUERIES = 600, 15  # and test clips per class of an episode, or as many as there are
-FEWEST_CLIPS = 192  # of the moving shapes
-FEW_FACTORS, LINEAR_FACTORS = ("direction", "motion", "appearance"), ("direction", "speed", "appearance")
-ALONG_TRAIN, ALONG_TEST = 400, 192  # clips for the probe along a run: to draw the labelled ones from, to be tested on
-CHUNK = 16  # clips in a file of features
-MOST_CLASSES = 100_000  # a head has an output for each; a larger label is a date or an identifier
+FEWEST_CLIPS = 192  # of a world
+BLOB_CLIPS = [160, 40]  # to train on, to test on, as in the paper
 
 
 class Recipe(NamedTuple):
@@ -56,7 +40,7 @@ class Recipe(NamedTuple):
     steps: int = 0
 
 
-BENCHMARKS = {  # the study's; which frames and which resizing: data.py
+BENCHMARKS = {  # the paper's; which frames and which resizing: data.py
     "diving48": Recipe("attentive", False, 1e-3, 16, 100),
     "ssv2": Recipe("attentive", True, 1e-3, 16, 100),
     "imagenet100": Recipe("linear", True, 1e-3, 256, 50),
@@ -64,88 +48,263 @@ BENCHMARKS = {  # the study's; which frames and which resizing: data.py
     "blobs": Recipe("attentive", False, 3e-4, 32, 100),
 }
 FEW = Recipe("attentive", False, 1e-3, 32, steps=150)  # for few labels
-LINEAR = Recipe("standardised", True, 3e-3, 256, 40)  # for all labels; why not the plain one: `LinearHead`
+LINEAR = Recipe("standardised", True, 3e-3, 256, 40)  # for all labels; why: `LinearHead`
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+def whole(least):
+    """The type of a flag: a whole number, at least this."""
+    def convert(text):
+        if not least <= int(text) < 10 ** 9:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {10 ** 9 - 1}")
+        return int(text)
+
+    convert.__name__ = "int"  # argparse says "invalid int value"
+    return convert
+
+
+def counts(text):
+    """The type of a flag: whole numbers from 1 in a row, 0 for `all`."""
+    return [0 if part == "all" else whole(1)(part) for part in text.split(",")]
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python probe.py --checkpoint runs/NAME/last.pt --shots 1,5,20")
+
+    add = parser.add_argument_group("encoder").add_argument
+    add("--checkpoint", help="last.pt of a run folder")
+    add("--weights", help="a V-JEPA 2.1 checkpoint, ViT-B or ViT-L")
+    add("--untrained", nargs="?", const="", metavar="SIZE", help="random weights: those of the "
+        "run's seed or, without a checkpoint, of a network of this size and --seed")
+    add("--out", metavar="DIR", help="folder for features and results [the checkpoint's]")
+
+    add = parser.add_argument_group("clips").add_argument
+    add("--benchmark", choices=BENCHMARKS)
+    add("--root", metavar="DIR", help="the folder of the datasets (see data.py --check)")
+    add("--train-list", metavar="CSV", help="videos to learn from, a line `path label` each")
+    add("--test-list", metavar="CSV", help="videos to be tested on, likewise")
+    add("--frames", type=whole(1), help="of a clip [as in training, else 16]")
+    add("--crop", type=whole(1), help="in pixels [as in training, else 224]")
+    add("--clips", type=whole(FEWEST_CLIPS), default=2304, metavar="N",
+        help="generated clips to train a head on [%(default)s]")
+    add("--blob-clips", type=counts, metavar="TRAIN,TEST", default=BLOB_CLIPS,
+        help="[160,40, as in the paper]")
+
+    add = parser.add_argument_group("measurements").add_argument
+    add("--shots", type=counts, metavar="K,K,...", help="labelled clips per class, or all")
+    add("--episodes", type=whole(1), nargs="?", const=EPISODES, help=f"how many [{EPISODES}]")
+    add("--way", type=whole(2), default=5, help="classes of an episode [%(default)s]")
+    add("--features", metavar="FILE", help="write paths, labels and pooled features there, and stop")
+    add("--tokens", action="store_true", help="with --features: those of all tokens")
+    add("--probe-epochs", type=whole(1), help="in the place of the benchmark's own")
+    add("--seeds", type=whole(1), default=1, help="how many heads to train on all labels; they "
+        "share one order of clips [%(default)s]")
+    add("--seed", type=whole(0), default=0, help="the first, of heads and draws [%(default)s]")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--workers", type=whole(0), default=min(8, os.cpu_count()), help="processes that read "
+        "videos [%(default)s]")
+    return parser
+
+
+def parse(arguments):
+    """The command line. Flags that are wrong, or do not go together, end with argparse's message."""
+    parser = make_parser()
+    flags = parser.parse_args(arguments)
+    own = flags.train_list or flags.test_list
+    if bool(flags.checkpoint) + bool(flags.weights) + bool(flags.untrained) != 1:
+        parser.error("give one of --checkpoint, --weights and --untrained SIZE")
+    if flags.weights and not flags.out:
+        parser.error("--weights needs --out DIR, a folder for features and results")
+    if own and not (flags.train_list and flags.test_list):
+        parser.error("--train-list and --test-list go together")
+    if own and flags.benchmark:
+        parser.error("--benchmark and your own lists ask for different clips; give one")
+    if len(flags.blob_clips) != 2 or 0 in flags.blob_clips:
+        parser.error("--blob-clips takes two numbers, as 160,40")
+    if (flags.episodes or flags.features) and not (own or flags.benchmark):
+        parser.error("--episodes and --features need --benchmark, or --train-list and --test-list")
+    if flags.tokens and not flags.features:
+        parser.error("--tokens is for --features")
+    if flags.root and not flags.benchmark:
+        parser.error("--root is for --benchmark")
+    if flags.benchmark == "blobs" and (flags.frames or flags.crop):
+        parser.error("blobs are 8 frames of 160 px: no --frames, no --crop")
+    if flags.benchmark not in (None, "blobs") and not flags.root:
+        parser.error(f"--benchmark {flags.benchmark} needs --root DIR; "
+                     "`python data.py --check DIR` says what belongs in there")
+    return flags
+
+
+if __name__ == "__main__":
+    parse(None)  # before torch, which takes seconds: help and mistakes are told at once
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import data
+from data import command, locked, read_json, write_file, write_json
+from model import SIZES, Encoder, load_tensors, load_vjepa, normalise, token_grid
+from synthetic import WORLDS, World
+
+HELD_OUT = 1_000_003  # seeds of the probes' clips: far from those of any training run
+WEIGHT_DECAY = 0.01
+CHUNK = 16  # clips that are read and encoded together
+ALONG_TRAIN, ALONG_TEST = 400, 128  # along a run: clips to draw labels from, and to be tested on
+MOST_CLASSES = 100_000  # a head has an output for each; a larger label is a date or an identifier
+SIDE_BY_SIDE = 2 ** 26  # features in a step of several heads: more would not fit into memory
+
+
+# ------------------------------------------------------------------------------ frozen encoders
 
 
 class Frozen(NamedTuple):
     """A frozen encoder under evaluation."""
     encoder: Encoder
     config: dict  # of its run, as far as there is one
-    masking: Masking  # of its run's objective
     about: str
     folder: Path  # where features and results go
 
 
 def load_checkpoint(path):
-    """The dict that train.py saved. Raises ValueError or FileNotFoundError, in one sentence, for anything else."""
+    """The dict that train.py saved. Raises ValueError or FileNotFoundError, in one sentence, for
+    anything else."""
     checkpoint = load_tensors(path)
-    parts = {"config", "definition", "evaluated", "step", "optimizer", "encoder", "target", "predictor", "heads"}
+    parts = {"config", "definition", "evaluated", "step",
+             "optimizer", "encoder", "target", "predictor", "heads"}
     if not isinstance(checkpoint, dict) or not parts <= checkpoint.keys():
         raise ValueError(f"{path} was not written by this version of train.py; train it again")
     return checkpoint
 
 
 def make_encoder(config, state=None):
-    """The encoder of a saved config: with these weights, or with the random ones of the run's seed."""
+    """The encoder of a saved config: with these weights, or the random ones of the run's seed."""
     torch.manual_seed(config["seed"])
     encoder = Encoder(SIZES[config["model"]], config["patch"], config["tubelet"])
     if state is not None:
         encoder.load_state_dict(state)
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = "cuda"
+    elif torch.backends.mps.is_available():
+        device = "mps"
     return encoder.eval().to(device)
 
 
 def open_frozen(flags, untrained):
-    """The encoder that the command line names, or an untrained one. Raises ValueError or OSError for a wrong file."""
-    config = {"seed": flags.seed, "model": flags.untrained, "patch": 16, "tubelet": 2, "frames": 16, "crop": 224}
+    """The encoder that the command line names, or an untrained one like it. Raises ValueError or
+    OSError for a wrong file."""
+    config = {"seed": flags.seed, "model": flags.untrained, "patch": 16, "tubelet": 2,
+              "frames": 16, "crop": 224}
     state, folder = None, f"runs/untrained-{flags.untrained}-seed{flags.seed}"
     if flags.checkpoint:
         checkpoint, folder = load_checkpoint(flags.checkpoint), Path(flags.checkpoint).parent
         config, state = checkpoint["config"], checkpoint[checkpoint["evaluated"]]
-        changed = f" without {config['ablate']}" * bool(config["ablate"]) + " as released" * config["as_released"]
-        about = f"{config['objective']}{changed}, {checkpoint['evaluated']} encoder at step {checkpoint['step']}"
+        about = config["objective"]
+        if config["ablate"]:
+            about += f" without {config['ablate']}"
+        if config["as_released"]:
+            about += " as released"
+        about += f", {checkpoint['evaluated']} encoder at step {checkpoint['step']}"
     elif flags.weights:
         encoder, found = load_vjepa(flags.weights)
-        config, state, about = {**config, **found}, encoder.state_dict(), f"{found['model']} of {flags.weights}"
-    if untrained:
-        state, about = None, f"untrained {config['model']} of seed {config['seed']}"
+        config, state = {**config, **found}, encoder.state_dict()
+        about = f"{found['model']} of {flags.weights}"
+    elif flags.untrained not in SIZES:
+        raise ValueError(f"--untrained takes {', '.join(SIZES)}, not {flags.untrained}")
+
     try:
-        config = {**config, "frames": flags.frames or config["frames"], "crop": flags.crop or config["crop"]}
-        masking = Masking(**checkpoint["definition"]["masking"]) if flags.checkpoint else Masking()
-        return Frozen(make_encoder(config, state), config, masking, about, Path(flags.out or folder))
+        if untrained:
+            state, about = None, f"untrained {config['model']} of seed {config['seed']}"
+        config = {**config, "frames": flags.frames or config["frames"],
+                  "crop": flags.crop or config["crop"]}
+        return Frozen(make_encoder(config, state), config, about, Path(flags.out or folder))
     except torch.OutOfMemoryError:
         raise
     except (KeyError, RuntimeError, TypeError):
-        raise ValueError(f"{flags.checkpoint} is of another version of model.py; train it again") from None
+        raise ValueError(f"{flags.checkpoint} is of another version of model.py; train it again"
+                         ) from None
 
 
 @torch.no_grad()
 def last_level(encoder, clips):
-    """uint8 clips [B, 3, T, H, W] -> tokens of the last level [B, N, D], float32 without autocast, as in the study."""
+    """Clips [B, 3, T, H, W] in 0..255 -> tokens of the last level [B, N, D], float32 without
+    autocast, as in the paper."""
     features = encoder(normalise(clips.to(encoder.video.device)))  # (B, N, 4D)
     return features[..., -encoder.width:].clone()  # a view would keep all levels
 
 
+def encode(encoder, source, items, workers=0, about=""):
+    """Clips of a world or a labelled source as an encoder sees them, a few at a time. Yields the
+    places in `items` of those that can be read [b], their tokens [b, N, D] (None if there are
+    none), and {place: why it cannot be read}."""
+    if isinstance(source, World):
+        read = source.clips
+    else:
+        read = functools.partial(data.read_all, source=source)
+    chunks = [items[start:start + CHUNK] for start in range(0, len(items), CHUNK)]
+    # With a generator of its own, the loader leaves the global one alone.
+    loader = data.load(chunks, workers, collate_fn=read, generator=torch.Generator())
+    start = 0
+    for clips in tqdm(loader, f"features of {about}", len(chunks), leave=False, unit="chunk",
+                      disable=None):
+        readable = [i for i, clip in enumerate(clips) if torch.is_tensor(clip)]
+        broken = {start + i: clip for i, clip in enumerate(clips) if i not in readable}
+        tokens = None
+        if readable:
+            tokens = last_level(encoder, torch.stack([clips[i] for i in readable]))
+        yield start + torch.tensor(readable, dtype=torch.long), tokens, broken
+        start += len(clips)
+
+
+# ---------------------------------------------------------------------------------------- heads
+#
+# A head holds its own weights. `logits(p, tokens)` computes S heads side by side: p are their
+# weights by name, each [S, ...], and tokens [G, n, N, D], each of the G sets for S / G heads.
+
+
 class Labelled(NamedTuple):
     """What a head learns from, or is tested on."""
-    features: object  # [n, N, D], N = 1 where pooled: a tensor, or `Stored`
-    labels: torch.Tensor  # [n], on the CPU; -1 hides a label from training
-
-    def read(self, rows, device):
-        """Features of some rows [b] -> float32 [b, N, D] on a device."""
-        return self.features[rows.to(getattr(self.features, "device", "cpu"))].to(device).float()
+    features: torch.Tensor  # [n, N, D] on the CPU, perhaps in a file; N = 1 where pooled
+    labels: torch.Tensor  # [n], -1 for a clip that cannot be read
 
     def pool(self):
         """The same clips with the mean of their tokens [n, 1, D], float32 in memory."""
-        rows = torch.arange(len(self.labels)).split(64)
-        return Labelled(torch.cat([self.read(each, "cpu").mean(1, keepdim=True) for each in rows]), self.labels)
+        means = [some.float().mean(1, keepdim=True) for some in self.features.split(CHUNK)]
+        return Labelled(torch.cat(means), self.labels)
+
+
+def reader(features, device):
+    """A function that gives rows [b] of features as float32 [b, N, D] on a device. It writes them
+    into the same memory each time: on a CPU, new memory for a batch takes longer than the head."""
+    stored = torch.empty(0, dtype=features.dtype)
+    numbers = torch.empty(0, device=device)
+
+    def read(rows):
+        torch.index_select(features, 0, rows, out=stored.resize_(len(rows), *features.shape[1:]))
+        return numbers.resize_(stored.shape).copy_(stored)
+    return read
+
+
+def linear(p, name, x):
+    """The linear layers `name` of S heads: [S, n, d] -> [S, n, d']."""
+    return torch.baddbmm(p[f"{name}.bias"].unsqueeze(1), x, p[f"{name}.weight"].transpose(1, 2))
 
 
 class LinearHead(nn.Module):
-    """One linear layer on the mean of a clip's tokens [n, N, D]: the study's linear head, as it is.
+    """One linear layer on the mean of a clip's tokens: the paper's linear head, as it is.
 
-    `standardise` makes it the head of our own probes, which brings each channel to mean 0 and deviation 1 first: frozen
-    features differ in scale by orders of magnitude, no learning rate suits all, and the plain head measures scale, too.
+    `standardise` makes it the head of our own probes, which brings each channel to mean 0 and
+    deviation 1 first: frozen features differ in scale by orders of magnitude, no learning rate
+    suits all, and the plain head measures scale, too.
     """
 
     def __init__(self, width, classes):
@@ -154,61 +313,99 @@ class LinearHead(nn.Module):
         self.register_buffer("deviation", torch.ones(width))
         self.linear = nn.Linear(width, classes)
 
-    def standardise(self, features):
-        """By mean and deviation of all training clips [n, 1, D]. That takes no labels: few-label probes do it, too."""
-        self.mean, self.deviation = features.squeeze(1).mean(0), features.squeeze(1).std(0) + 1e-6
+    def standardise(self, train):
+        """By mean and deviation of all training clips. That takes no labels: few-label probes do
+        it, too."""
+        features = train.features[train.labels >= 0].float().squeeze(1)  # (n, D)
+        self.mean, self.deviation = features.mean(0), features.std(0) + 1e-6
 
-    def forward(self, tokens):
-        return self.linear((tokens.mean(1) - self.mean) / self.deviation)  # (n, classes)
+    @staticmethod
+    def logits(p, tokens):
+        x = (tokens.mean(2) - p["mean"].unsqueeze(1)) / p["deviation"].unsqueeze(1)  # (S, n, D)
+        return linear(p, "linear", x)  # (S, n, classes)
 
 
 class AttentiveHead(nn.Module):
-    """Class token and all tokens [n, N, D], one 8-head self-attention with residual, LayerNorm, linear.
+    """Class token and all tokens, one 8-head self-attention with residual, LayerNorm, linear.
 
-    Only the class token is read, so it is the only query, the same for every clip. That makes attention cheap: a score
-    q . (W_k x) is (W_k^T q) . x, so no key is ever computed (the key bias adds the same to all scores and cancels in
-    the softmax), and the mean of values is the value of the mean. Parameters are those of nn.MultiheadAttention.
+    Only the class token is read, so it is the only query, the same for every clip. That makes
+    attention cheap: a score q . (W_k x) is (W_k^T q) . x, so no key is ever computed (a key bias
+    would add the same to all scores and cancel in the softmax), and the mean of values is the
+    value of the mean. Weights start as those of nn.MultiheadAttention do.
     """
 
     def __init__(self, width, classes):
         super().__init__()
-        self.token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.attention = nn.MultiheadAttention(width, 8, batch_first=True)
+        self.token = nn.Parameter(0.02 * torch.randn(1, width))
+        attention = nn.MultiheadAttention(width, 8)
+        weights = attention.in_proj_weight.detach().chunk(3)
+        self.w_query, self.w_key, self.w_value = map(nn.Parameter, weights)
+        self.b_query, self.b_value = (nn.Parameter(torch.zeros(1, width)) for _ in range(2))
+        self.out = attention.out_proj
         self.norm = nn.LayerNorm(width)
         self.linear = nn.Linear(width, classes)
 
-    def forward(self, tokens):
-        token, heads = self.token[0, 0], self.attention.num_heads  # (D)
-        w_q, w_k, w_v = self.attention.in_proj_weight.unflatten(0, (3, heads, -1))  # (heads, D/heads, D) each
-        b_q, _, b_v = self.attention.in_proj_bias.unflatten(0, (3, heads, -1))  # (heads, D/heads) each
-        query = (w_q @ token + b_q) / math.sqrt(w_q.shape[1])  # (heads, D/heads)
-        direction = torch.einsum("hcd,hc->dh", w_k, query)  # (D, heads)
-        scores = torch.cat(((token @ direction).expand(len(tokens), 1, -1), tokens @ direction), dim=1)
-        weights = scores.softmax(1)  # (n, 1 + N, heads)
-        mean = weights[:, 1:].transpose(1, 2) @ tokens + weights[:, 0].unsqueeze(-1) * token  # (n, heads, D)
-        value = torch.einsum("hcd,nhd->nhc", w_v, mean) + b_v  # (n, heads, D/heads)
-        return self.linear(self.norm(token + self.attention.out_proj(value.flatten(1))))  # (n, classes)
+    @staticmethod
+    def logits(p, tokens):
+        token = p["token"]  # (S, 1, D)
+        S, _, D = token.shape
+        G, n, N, _ = tokens.shape
+        query = p["b_query"] + token @ p["w_query"].mT  # (S, 1, D)
+        query = query.view(S, 8, 1, -1) / math.sqrt(D // 8)
+        direction = (query @ p["w_key"].unflatten(1, (8, -1))).squeeze(2)  # (S, 8, D)
+
+        scores = direction.reshape(G, -1, D) @ tokens.flatten(1, 2).mT  # (G, 8 S/G, n N)
+        own = (direction @ token.mT).unsqueeze(2).expand(-1, -1, n, -1)  # (S, 8, n, 1)
+        share = torch.cat((own, scores.view(S, 8, n, N)), dim=-1).softmax(-1)
+
+        mean = share[..., 1:].reshape(G, -1, n, N).transpose(1, 2) @ tokens  # (G, n, 8 S/G, D)
+        mean = mean.view(G, n, -1, 8, D).permute(0, 2, 3, 1, 4).reshape(S, 8, n, D)
+        w_value = p["w_value"].unflatten(1, (8, -1)).mT  # (S, 8, D, D/8)
+        value = mean @ w_value + share[..., :1] * (token.unsqueeze(1) @ w_value)
+        value = value.transpose(1, 2).flatten(2) + p["b_value"]  # (S, n, D)
+        x = F.layer_norm(token + linear(p, "out", value), (D,))
+        x = x * p["norm.weight"].unsqueeze(1) + p["norm.bias"].unsqueeze(1)
+        return linear(p, "linear", x)  # (S, n, classes)
 
 
-def train_head(head, train, recipe, seed, device, progress=""):
-    """AdamW on the labelled clips of `train`, by shuffled epochs, or by steps from one shuffled pass after another."""
-    optimizer = torch.optim.AdamW(head.parameters(), lr=recipe.lr, weight_decay=WEIGHT_DECAY)
-    shuffle, labelled = torch.Generator().manual_seed(seed), (train.labels >= 0).nonzero().squeeze(1)
+def clip_order(labels, recipe, seed):
+    """The clips of each step, a list of LongTensors: the labelled ones in shuffled epochs or, for
+    so many steps, whole batches that are cut from one shuffled pass after another."""
+    shuffle = torch.Generator().manual_seed(seed)
+    labelled = (labels >= 0).nonzero().squeeze(1)
     epochs = recipe.epochs or math.ceil(recipe.steps * recipe.batch / len(labelled))
     passes = [labelled[torch.randperm(len(labelled), generator=shuffle)] for _ in range(epochs)]
     if recipe.steps:
         passes = [torch.cat(passes)[:recipe.steps * recipe.batch]]
-    batches = [rows for each in passes for rows in each.split(recipe.batch)]
-    for rows in tqdm(batches, desc=progress, unit="step", leave=False, disable=None if progress else True):
-        loss = F.cross_entropy(head(train.read(rows, device)), train.labels[rows].to(device))
+    return [rows for each in passes for rows in each.split(recipe.batch)]
+
+
+def train_heads(heads, train, orders, recipe, device, progress=""):
+    """AdamW on the mean cross-entropy. orders: the clips of each step, for every head its own, or
+    one for all heads. Returns the weights of all heads by name, each [S, ...]."""
+    parameters, buffers = torch.func.stack_module_state([head.to(device) for head in heads])
+    weights = {**parameters, **buffers}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=recipe.lr, weight_decay=WEIGHT_DECAY,
+                                  fused=True)
+    read = reader(train.features, device)
+    steps = list(zip(*orders))
+    for step in tqdm(steps, progress, leave=False, unit="step", disable=None if progress else True):
+        rows = torch.stack(step)  # (G, b)
+        tokens = read(rows.flatten()).unflatten(0, rows.shape)  # (G, b, N, D)
+        logits = heads[0].logits(weights, tokens)  # (S, b, classes)
+        labels = train.labels[rows].to(device).expand(len(heads), -1)
+        # Each head's own mean: the sum over heads gives each the gradient that it has alone.
+        loss = len(heads) * F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    return weights
 
 
 def draw_shots(labels, shots, seed):
-    """Labels [n] with all but `shots` of each class hidden (-1); all stay where a class has no more.
-    Depends on labels and seed alone, so all encoders meet the same clips; what few shots show, more show too."""
+    """Labels [n] with all but `shots` of each class hidden (-1); all stay where a class has no
+    more. Depends on labels and seed alone, so all encoders meet the same clips; what few shots
+    show, more show too."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     shown = torch.full_like(labels, -1)
     for label in labels.unique():
@@ -217,232 +414,360 @@ def draw_shots(labels, shots, seed):
 
 
 def accuracies(recipe, train, test, seeds, device, shots=0, progress=""):
-    """Top-1 % on all of `test` of a head per seed, a list. A seed draws the head's weights, the order of clips and, of
-    each class, the `shots` labelled clips to learn from (0: all)."""
-    found, classes = [], int(max(train.labels.max(), test.labels.max())) + 1
-    for seed in seeds:
-        torch.manual_seed(seed)
-        head = (AttentiveHead if recipe.head == "attentive" else LinearHead)(train.features.shape[-1], classes)
-        if recipe.head == "standardised":
-            head.standardise(train.features)
-        shown = train._replace(labels=draw_shots(train.labels, shots, seed)) if shots else train
-        train_head(head.to(device), shown, recipe, seed, device, progress)
-        with torch.no_grad():
-            scores = torch.cat([head(test.read(rows, device)) for rows in torch.arange(len(test.labels)).split(64)])
-        if not scores.isfinite().all():
-            raise ValueError("what the head computes is not finite: it diverged, or had too few clips to learn from")
-        found.append(100 * (scores.argmax(-1).cpu() == test.labels).double().mean().item())
+    """Top-1 % on all of `test` of a head per seed, a list.
+
+    A seed draws the head's weights and, with `shots`, the labelled clips of each class and their
+    order. With all labels (0) the heads share the order of the first seed, so that each batch is
+    read once for all of them.
+    """
+    kind = AttentiveHead if recipe.head == "attentive" else LinearHead
+    classes = int(max(train.labels.max(), test.labels.max())) + 1
+    heads = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in seeds:
+            torch.default_generator.manual_seed(seed)
+            heads.append(kind(train.features.shape[-1], classes))
+    if recipe.head == "standardised":
+        for head in heads:
+            head.standardise(train)
+
+    if shots:
+        orders = [clip_order(draw_shots(train.labels, shots, seed), recipe, seed) for seed in seeds]
+        together = max(1, SIDE_BY_SIDE // (recipe.batch * train.features[0].numel()))
+    else:
+        orders = [clip_order(train.labels, recipe, seeds[0])]
+        together = len(heads)
+    parts = []
+    for i in range(0, len(heads), together):
+        part = slice(i, i + together)
+        parts.append(train_heads(heads[part], train, orders[part], recipe, device, progress))
+    weights = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    read, tested = reader(test.features, device), (test.labels >= 0).nonzero().squeeze(1)
+    with torch.no_grad():
+        logits = torch.cat([kind.logits(weights, read(rows).unsqueeze(0))
+                            for rows in tested.split(64)], dim=1)  # (S, n, classes)
+    if not logits.isfinite().all():
+        raise ValueError("what the head computes is not finite: it diverged, or had too few clips "
+                         "to learn from")
+    right = logits.argmax(-1).cpu() == test.labels[tested]
+    return (100 * right.double().mean(1)).tolist()
+
+
+# ----------------------------------------------------------- the table of a run, and along a run
+
+
+def features_of(encoder, source, items, keep=None, workers=0, about=""):
+    """Of clips [n] of a world or a labelled source, on the CPU: all tokens, float16 [n, N, D], their
+    means [n, 1, D], and which clips can be read, bool [n]. keep: bool [n], the clips whose tokens
+    are wanted, None for all. Rows that are never written take no memory."""
+    readable = torch.zeros(len(items), dtype=torch.bool)
+    tokens = means = None
+    for rows, some, _ in encode(encoder, source, items, workers, about):
+        if some is None:
+            continue
+        if means is None:
+            tokens = torch.empty(len(items), *some.shape[1:], dtype=torch.float16)
+            means = torch.zeros(len(items), 1, encoder.width)
+        readable[rows] = True
+        means[rows] = some.mean(1, keepdim=True).cpu()
+        kept = slice(None) if keep is None else keep[rows]
+        tokens[rows[kept]] = some[kept].half().cpu()
+    if means is None:
+        raise ValueError(f"none of {len(items):,} clips can be read; data.py --check says why")
+    return tokens, means, readable
+
+
+class Clips(NamedTuple):
+    """Two sets of labelled clips, to learn from and to be tested on."""
+    sources: list  # worlds, or sources of data.py
+    items: list  # of each source
+    labels: list  # of these items: {factor: [n]}
+    few: tuple  # factors to probe with few labels
+    linear: tuple  # factors to probe with all labels
+
+
+def held_out(encoder, config, train, test):
+    """So many clips of a run's world that no run trains on."""
+    world = WORLDS[config.get("world", "default")]
+    sources = [world(config["frames"], config["crop"], HELD_OUT + i, encoder.video.device)
+               for i in range(2)]
+    items = range(train), range(test)
+    labels = [source.factors(some) for source, some in zip(sources, items)]
+    return Clips(sources, [*items], labels, world.few, world.linear)
+
+
+def of_sources(sources, train, test):
+    """At most so many clips of two labelled sources, evenly spread; the one factor is "class"."""
+    items, labels = [], []
+    for source, most in zip(sources, (train, test)):
+        rows = torch.linspace(0, len(source) - 1, min(most, len(source))).long()
+        items.append(rows.tolist())
+        labels.append({"class": torch.tensor(source.labels)[rows]})
+    return Clips(sources, items, labels, ("class",), ("class",))
+
+
+def probe_clips(encoder, clips, seeds, shots=(LABELS,), about="the encoder", workers=0):
+    """What clips tell of an encoder, top-1 %: {k: {factor: [of each seed]}, "linear": {factor: %}}.
+
+    k: attentive heads on all tokens, from k labelled clips per class (0, named "all": from all).
+    "linear": a linear head on the mean of the tokens, from all clips.
+    """
+    drawn = None  # the clips that few-label heads learn from; any, where some cannot be read
+    if isinstance(clips.sources[0], World) and 0 not in shots:
+        drawn = torch.stack([draw_shots(clips.labels[0][factor], max(shots), seed) >= 0
+                             for factor in clips.few for seed in seeds]).any(0)
+    tokens, pooled = {}, {}
+    for part, keep in ((0, drawn), (1, None)):
+        some, means, readable = features_of(encoder, clips.sources[part], clips.items[part], keep,
+                                            workers, about)
+        for factor, labels in clips.labels[part].items():
+            labels = labels.where(readable, -1)
+            tokens.setdefault(factor, []).append(Labelled(some, labels))
+            pooled.setdefault(factor, []).append(Labelled(means, labels))
+
+    device, found = encoder.video.device, {}
+    for k in shots:
+        found[str(k or "all")] = {
+            factor: accuracies(FEW, *tokens[factor], seeds, device, k, f"{about}: {factor}")
+            for factor in clips.few}
+    found["linear"] = {
+        factor: accuracies(LINEAR, *pooled[factor], seeds[:1], device, 0, f"linear: {factor}")[0]
+        for factor in clips.linear}
     return found
-
-
-def held_out(encoder, config, count):
-    """Moving shapes that no run trains on: (shapes, how many) to learn from, and a third as many to be tested on."""
-    how, device, world = (config["frames"], config["crop"]), encoder.video.device, WORLDS[config.get("world", "default")]
-    return [(world(*how, HELD_OUT + i, device), clips) for i, clips in enumerate((count, max(1, count // 3)))]
-
-
-def shape_features(encoder, shapes, count, about, keep=None):
-    """Moving shapes as an encoder sees them: tokens, float16 [count, N, D] on the CPU, and their means, [count, 1, D].
-    keep: bool [count], the clips whose tokens are wanted, None for all. Rows that are never written take no memory."""
-    means, tokens = [], None
-    for items in tqdm(torch.arange(count).split(64), desc=f"features of {about}", leave=False, disable=None):
-        features = last_level(encoder, shapes.clips(items))  # (64, N, D)
-        tokens = torch.empty(count, *features.shape[1:], dtype=torch.float16) if tokens is None else tokens
-        rows = items if keep is None else items[keep[items]]
-        tokens[rows] = features[rows - items[0]].half().cpu()
-        means.append(features.mean(1, keepdim=True))
-    return tokens, torch.cat(means)
 
 
 def probe_shapes(encoder, config, count, seed=0, shots=(LABELS,), about="the encoder"):
-    """What held-out moving shapes tell of an encoder, top-1 %: {k: {factor: [of each draw]}, "linear": {factor: %}}.
-
-    k: an attentive head on all tokens, from k labelled clips per class (0, named "all": from `count` clips). "linear":
-    a linear head on their mean, from `count` clips. Both are tested on a third as many others.
-    """
-    sets, device, draws = held_out(encoder, config, count), encoder.video.device, range(seed, seed + DRAWS)
-    labels = [shapes.factors(range(clips)) for shapes, clips in sets]
-    most = count if 0 in shots else max(shots)
-    drawn = torch.stack([draw_shots(labels[0][factor], most, draw) >= 0
-                         for factor in FEW_FACTORS for draw in draws]).any(0)
-    features = [shape_features(encoder, *each, about, keep) for each, keep in zip(sets, (drawn, None))]
-    found = {str(k or "all"): {} for k in shots} | {"linear": {}}
-    for factor in FACTORS:
-        few, linear = ([Labelled(each[kind], some[factor]) for each, some in zip(features, labels)] for kind in (0, 1))
-        for k in shots if factor in FEW_FACTORS else ():
-            found[str(k or "all")][factor] = accuracies(FEW, *few, draws, device, k, f"{about}: {factor}")
-        if factor in LINEAR_FACTORS:
-            found["linear"][factor], = accuracies(LINEAR, *linear, [seed], device, progress=f"linear: {factor}")
-    return found
+    """`probe_clips` of `count` clips of a run's world, tested on a third as many."""
+    clips = held_out(encoder, config, count, max(1, count // 3))
+    return probe_clips(encoder, clips, range(seed, seed + DRAWS), shots, about)
 
 
-def sample(encoder, source, items):
-    """Tokens of some clips of a labelled source as Labelled, without those that cannot be read."""
-    found, labels = [], []
-    for rows in torch.as_tensor(items).split(CHUNK):
-        clips = data.read_all(rows.tolist(), source)
-        kept = [row for row, clip in zip(rows.tolist(), clips) if torch.is_tensor(clip)]
-        if kept:
-            clips = torch.stack([clip for clip in clips if torch.is_tensor(clip)])
-            found.append(last_level(encoder, clips).half().cpu())
-            labels += [source.labels[row] for row in kept]
-    if not found:
-        raise ValueError(f"none of {len(items)} clips for the probe along the run can be read")
-    return Labelled(torch.cat(found), torch.tensor(labels))
+def probe_own(encoder, sources, about="the encoder", count=2304, workers=0):
+    """`probe_clips` of at most `count` clips of your own, tested on a third as many."""
+    clips = of_sources(sources, count, count // 3)
+    return probe_clips(encoder, clips, range(DRAWS), about=about, workers=workers)
 
 
 def along(encoder, config, sources=None):
-    """What few labels tell of an encoder while it is trained: {factor, or "class": top-1 %}, in about a second.
+    """What few labels tell of an encoder while it trains: {factor, or "class": top-1 %}.
 
-    One attentive head each, from `LABELS` clips per class, on up to `ALONG_TEST` others: moving shapes that no run
-    trains on or, if given, labelled sources (train, test). The random numbers of the run are left alone.
+    One attentive head each, from `LABELS` clips per class: clips of the run's world that no run
+    trains on or, if given, labelled sources (train, test). It takes about a second, and leaves the
+    random numbers of the run alone.
     """
-    device, sets = encoder.video.device, {}
     if sources:
-        few = draw_shots(torch.tensor(sources[0].labels), LABELS, 0)
-        exam = torch.linspace(0, len(sources[1]) - 1, min(ALONG_TEST, len(sources[1]))).long()
-        sets["class"] = [sample(encoder, sources[0], (few >= 0).nonzero().squeeze(1)), sample(encoder, sources[1], exam)]
+        clips = of_sources(sources, len(sources[0]), ALONG_TEST)
     else:
-        (train, _), (test, _) = held_out(encoder, config, FEWEST_CLIPS)
-        known = train.factors(range(ALONG_TRAIN))
-        # Draws for the other factors are from the clips of the largest one.
-        items = (draw_shots(known["motion"], LABELS, 0) >= 0).nonzero().squeeze(1)
-        tokens = [torch.cat([last_level(encoder, shapes.clips(rows)).half().cpu() for rows in some.split(64)])
-                  for shapes, some in ((train, items), (test, torch.arange(ALONG_TEST)))]
-        tested = test.factors(range(ALONG_TEST))
-        sets = {factor: [Labelled(tokens[0], known[factor][items]), Labelled(tokens[1], tested[factor])]
-                for factor in FEW_FACTORS}
-    with torch.random.fork_rng():
-        return {name: accuracies(FEW, *each, [0], device, LABELS)[0] for name, each in sets.items()}
+        clips = held_out(encoder, config, ALONG_TRAIN, ALONG_TEST)
+    # Only clips with a label for the finest factor are looked at; the others draw from these.
+    finest = max(clips.few, key=lambda factor: clips.labels[0][factor].max())
+    drawn = (draw_shots(clips.labels[0][finest], LABELS, 0) >= 0).nonzero().squeeze(1)
+    clips.items[0] = [clips.items[0][i] for i in drawn]
+    clips.labels[0] = {name: labels[drawn] for name, labels in clips.labels[0].items()}
+    found = probe_clips(encoder, clips._replace(linear=()), [0])[str(LABELS)]
+    return {factor: values[0] for factor, values in found.items()}
 
 
-def show_shapes(rows, count):
-    """Print results, {name of an encoder: `probe_shapes`}, as one table for each number of labels."""
-    print(f"\nTop-1 % on {max(1, count // 3):,} generated clips, held out; one training seed; ± over {DRAWS} draws")
-    columns = [*FEW_FACTORS, *LINEAR_FACTORS]
-    for k in [k for k in next(iter(rows.values())) if k != "linear"]:
-        print(f"{'':<12}{f'{k} labels per class, attentive head':<42}all {count:,} labels, linear head")
-        cells = {"": columns}
+def show(rows, count, chance):
+    """Print what `probe_shapes` or `probe_own` found, {name of an encoder: found}, as one table for
+    each number of labels. chance: {factor: top-1 % without knowledge}."""
+    first = next(iter(rows.values()))
+    for k in [k for k in first if k != "linear"]:
+        print(f"{'':<12}{f'{k} labels per class, attentive head':<{14 * max(3, len(first[k]))}}"
+              f"all {count:,} labels, linear head")
+        few = [*first[k], *[""] * (3 - len(first[k]))]
+        table = {"": [*few, *first["linear"]]}
         for name, found in rows.items():
-            cells[name] = [f"{np.mean(found[k][factor]):5.1f} ± {np.std(found[k][factor], ddof=1):.1f}"
-                           for factor in FEW_FACTORS] + [f"{found['linear'][factor]:5.1f}" for factor in LINEAR_FACTORS]
-        cells["chance"] = [f"{100 / FACTORS[factor]:5.1f}" for factor in columns]
-        for name, row in cells.items():
-            print(f"{name:<12}" + "".join(f"{cell:<14}" for cell in row))
+            cells = {factor: f"{np.mean(draws):5.1f} ± {np.std(draws, ddof=1):.1f}"
+                     for factor, draws in found[k].items()}
+            table[name] = [cells.get(factor, "") for factor in few]
+            table[name] += [f"{found['linear'][factor]:5.1f}" for factor in first["linear"]]
+        table["chance"] = [f"{chance[factor]:5.1f}" if factor else "" for factor in table[""]]
+        for name, cells in table.items():
+            print(f"{name:<12}" + "".join(f"{cell:<14}" for cell in cells).rstrip())
+
+
+def show_shapes(rows, count, world="default"):
+    """Print what `probe_shapes` found, {name of an encoder: found}."""
+    print(f"\nTop-1 % on {max(1, count // 3):,} generated clips, held out; one training seed; "
+          f"± over {DRAWS} draws")
+    show(rows, count, {factor: 100 / many for factor, many in WORLDS[world].classes.items()})
+
+
+def show_own(rows, sources, count=2304):
+    """Print what `probe_own` found of these sources, {name of an encoder: found}."""
+    learn, exam = min(count, len(sources[0])), min(count // 3, len(sources[1]))
+    print(f"\nTop-1 % on {exam:,} of your clips, held out; one training seed; ± over {DRAWS} draws")
+    show(rows, learn, {"class": 100 / len({*sources[0].labels, *sources[1].labels})})
+    print(too_few(sources[0].labels, LABELS))
+
+
+def too_few(labels, k):
+    """How many classes have fewer than k clips to learn from, in words; else nothing."""
+    counts = np.unique(labels, return_counts=True)[1]
+    if min(counts) >= k:
+        return ""
+    return f"{(counts < k).sum()} of {len(counts)} classes have fewer, down to {min(counts)}"
+
+
+# ------------------------------------------------------------------- sources, features in a file
 
 
 def open_sources(flags, frames, crop):
-    """The labelled clips that the command line asks for: their name, and the sources to train and test on."""
+    """The labelled clips that the command line asks for: their name, and the sources to train and
+    test on."""
     if flags.train_list:
         lists = [Path(path).resolve() for path in (flags.train_list, flags.test_list)]
         sources = [data.Clips(*data.own_videos(path), frames, crop) for path in lists]
         for path, source in zip(lists, sources):
             if source.labels is None or max(source.labels) >= MOST_CLASSES:
-                raise ValueError(f"{path} should have lines `path label`, with labels that number the classes from 0")
-        unseen = sorted(set(sources[1].labels) - set(sources[0].labels))
+                raise ValueError(f"{path} should have lines `path label`, with labels that number "
+                                 "the classes from 0")
+        unseen = sorted({*sources[1].labels} - {*sources[0].labels})
         if unseen:
-            print(f"{lists[0]} has no clip of class {', '.join(map(str, unseen))}, which {lists[1]} tests")
-        return "-".join(["own", lists[1].parent.name, *dict.fromkeys(path.stem for path in lists)]), *sources
-    if flags.benchmark in (None, "blobs"):
-        (train, test), first = flags.blob_clips, 42 if flags.blob_clips == BLOB_CLIPS else data.CLEAN_BLOBS
-        return "blobs", *[data.BlobClips(8, 160, items=items, first=first, directions=True)
-                          for items in (range(train), range(train, train + test))]
-    return flags.benchmark, *[data.open_dataset(flags.benchmark, flags.root, split, frames, crop)
-                              for split in ("train", "test")]
+            print(f"{lists[0]} has no clip of class {', '.join(map(str, unseen))}, which "
+                  f"{lists[1]} tests")
+        both = {*sources[0].paths} & {*sources[1].paths}
+        if both:
+            print(f"{len(both):,} clips are in both lists: heads are tested on clips that they "
+                  "learned from, and the numbers will be too high")
+        name = "-".join(["own", lists[1].parent.name, *dict.fromkeys(path.stem for path in lists)])
+    elif flags.benchmark in (None, "blobs"):
+        name, (train, test) = "blobs", flags.blob_clips
+        first = 42
+        if flags.blob_clips != BLOB_CLIPS:
+            name, first = f"blobs-{train}-{test}", data.CLEAN_BLOBS
+        sources = [data.BlobClips(8, 160, items=items, first=first, directions=True)
+                   for items in (range(train), range(train, train + test))]
+    else:
+        name = flags.benchmark
+        sources = [data.open_dataset(name, flags.root, split, frames, crop)
+                   for split in ("train", "test")]
+    if flags.frames or flags.crop:  # results of other clips than usual have files of their own
+        name += f"-{frames}x{crop}"
+    return name, *sources
 
 
 def fingerprint(*parts):
     """SHA-256 of tensors, byte for byte, and of anything else as JSON."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part.cpu().numpy().tobytes() if torch.is_tensor(part) else json.dumps(part).encode())
+        digest.update(part.cpu().numpy().tobytes() if torch.is_tensor(part)
+                      else json.dumps(part).encode())
     return digest.hexdigest()
 
 
 def encoder_fingerprint(encoder):
     """Of every weight with its name and shape, and of the number of heads, which no weight tells."""
-    weights = [part for name, weight in encoder.state_dict().items() for part in (name, list(weight.shape), weight)]
-    return fingerprint(encoder.blocks[0].attn.heads, *weights)
+    parts = [encoder.blocks[0].attn.heads]
+    for name, weight in encoder.state_dict().items():
+        parts += [name, list(weight.shape), weight]
+    return fingerprint(*parts)
 
 
-class Stored(NamedTuple):
-    """Features in files, of which only the rows that are asked for are ever in memory."""
-    clips: list  # of each clip [N, D], float16, mapped to its file
-
-    @property
-    def shape(self):
-        return len(self.clips), *self.clips[0].shape
-
-    def __getitem__(self, rows):
-        return torch.stack([self.clips[row] for row in rows])
-
-
-def open_chunk(path):
-    """The features and the unreadable clips in a file of `extract`; None where it is missing or damaged."""
-    try:
-        return torch.load(path, mmap=True, weights_only=True)
-    except Exception:  # whatever the bytes of another file lead to
-        return None
+def clips_fingerprint(source):
+    """Of which clips they are: path, size and time of each file, or the generator and its seed;
+    their labels, and what is seen of them."""
+    files = [os.path.exists(path) and (os.path.getsize(path), os.stat(path).st_mtime_ns)
+             for path in source.paths]
+    generator = source.blobs.first if isinstance(source, data.BlobClips) else None
+    return fingerprint(source.paths, files, generator, source.labels, source.frames, source.crop)
 
 
 def extract(frozen, source, name, pooled, workers):
-    """Last-level features of every clip that can be read, as Labelled, and what a result says of them, a dict.
+    """Last-level features of every clip, as Labelled, and what a result says of them, a dict.
 
-    They lie in a folder named after all that they depend on, below features-NAME, in a file for every `CHUNK` clips, so
-    that a killed extraction goes on. Raises ValueError where no clip can be read, or a feature is not finite.
+    They lie in one file, in a folder named after all that they depend on, below features-NAME.
+    Raises ValueError where no clip can be read, or a feature is not finite.
     """
-    files = [os.path.exists(path) and (os.path.getsize(path), os.stat(path).st_mtime_ns) for path in source.paths]
-    code = [Path(__file__).with_name(each).read_text() for each in ("model.py", "data.py", "synthetic.py")]
-    identity = fingerprint(encoder_fingerprint(frozen.encoder), source.paths, files, source.labels, code, source.frames,
-                           source.crop, pooled)
-    folder, starts = frozen.folder / f"features-{name}" / identity[:16], range(0, len(source), CHUNK)
+    encoder, clips = frozen.encoder, clips_fingerprint(source)
+    code = [Path(__file__).with_name(each).read_text()
+            for each in ("model.py", "data.py", "synthetic.py", "probe.py")]
+    identity = fingerprint(encoder_fingerprint(encoder), clips, code, pooled)
+    folder = frozen.folder / f"features-{name}" / identity[:16]
     folder.mkdir(parents=True, exist_ok=True)
+    grid = token_grid(source.frames, source.crop, source.crop, encoder.patch, encoder.tubelet)
+    shape = len(source), 1 if pooled else math.prod(grid), encoder.width
+    # Blobs keep float32, as in the paper.
+    kind = torch.float32 if isinstance(source, data.BlobClips) else torch.float16
     with locked(folder.parent):
         for other in {*folder.parent.iterdir()} - {folder}:
             shutil.rmtree(other, ignore_errors=True)  # of other weights or clips
-        missing = [start for start in starts if open_chunk(folder / f"{start}.pt") is None]
-        read = data.load([range(start, min(start + CHUNK, len(source))) for start in missing], workers,
-                         collate_fn=functools.partial(data.read_all, source=source))
-        for start, clips in zip(missing, tqdm(read, f"features of {name}", len(missing), unit="chunk", disable=None)):
-            unreadable = {start + i: clip for i, clip in enumerate(clips) if isinstance(clip, str)}
-            clips = [clip for clip in clips if torch.is_tensor(clip)]
-            tokens = last_level(frozen.encoder, torch.stack(clips)) if clips else torch.zeros(0, 1, 1)  # (b, N, D)
-            tokens = (tokens.mean(1, keepdim=True) if pooled else tokens).half().cpu()
-            if not tokens.isfinite().all():
-                raise ValueError(f"features of {name} are not finite in float16; did the training run diverge?")
-            buffer = io.BytesIO()
-            torch.save({"features": tokens, "unreadable": unreadable}, buffer)
-            write_file(folder / f"{start}.pt", buffer.getvalue())
-    chunks = [open_chunk(folder / f"{start}.pt") for start in starts]
-    unreadable = {item: sentence for chunk in chunks for item, sentence in chunk["unreadable"].items()}
+        try:
+            unreadable = fill(folder, encoder, source, name, shape, kind, workers)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(folder)) from None
     if len(unreadable) == len(source):
-        raise ValueError(f"no clip of {name} can be read; the first is {unreadable[0]}")
+        raise ValueError(f"no clip of {name} can be read; the first is {unreadable['0']}")
     if unreadable:
-        print(f"{len(unreadable):,} of {len(source):,} clips of {name} cannot be read and are left out; to try them "
-              f"again, delete {folder}")
-    labels = torch.tensor([label for item, label in enumerate(source.labels) if item not in unreadable])
-    clips = Labelled(Stored([tokens for chunk in chunks for tokens in chunk["features"]]), labels)
-    return clips, {"clips": len(labels), "unreadable": [*unreadable.values()], "identity": identity}
+        print(f"{len(unreadable):,} of {len(source):,} clips of {name} cannot be read and are left "
+              f"out; to try them again, delete {folder}")
+    features = torch.from_file(str(folder / "features.bin"), size=math.prod(shape), dtype=kind)
+    labels = torch.tensor(source.labels)
+    labels[[int(item) for item in unreadable]] = -1
+    about = {"clips": len(source) - len(unreadable), "unreadable": [*unreadable.values()],
+             "identity": identity, "source": clips}
+    return Labelled(features.view(shape), labels), about
+
+
+def fill(folder, encoder, source, name, shape, kind, workers):
+    """Write features.bin: clip by clip [N, D], zeros for one that cannot be read. The file's length
+    says how far it came, so that a killed extraction goes on. Returns {item, as text: why it cannot
+    be read}, which unreadable.json keeps."""
+    row = math.prod(shape[1:]) * kind.itemsize
+    with open(folder / "features.bin", "ab") as file:
+        done = file.tell() // row
+        if done > len(source):  # damaged
+            done = 0
+        if done < len(source):
+            done -= done % CHUNK
+        file.truncate(done * row)
+        unreadable = read_json(folder / "unreadable.json") if done else {}
+        items = range(done, len(source))
+        for rows, tokens, broken in encode(encoder, source, items, workers, name):
+            chunk = torch.zeros(len(rows) + len(broken), *shape[1:], dtype=kind)
+            if tokens is not None:
+                tokens = tokens.mean(1, keepdim=True) if shape[1] == 1 else tokens
+                chunk[rows % CHUNK] = tokens.to(kind).cpu()
+            if not chunk.isfinite().all():
+                raise ValueError(f"features of {name} are not finite in {kind}; did the training "
+                                 "run diverge?")
+            if broken:
+                unreadable |= {str(items[place]): why for place, why in broken.items()}
+                write_json(folder / "unreadable.json", unreadable)
+            file.write(chunk.numpy())
+            file.flush()
+    return unreadable
+
+
+# --------------------------------------------------------------------- episodes, measurements
 
 
 def draw_episodes(train_labels, test_labels, way, shot, episodes, seed):
-    """The clips of each episode: a list of (support [way, shot] of the training split, query [q] of the test split).
-    Depends on the labels and the seed alone. Raises ValueError where there are too few classes."""
+    """The clips of each episode: a list of (support [way, shot] of the training split, query [q]
+    of the test split). Depends on the labels and the seed alone. Raises ValueError where there are
+    too few classes."""
     draw = np.random.default_rng(seed)
-    support, query = [{label: np.flatnonzero(labels == label) for label in np.unique(labels)}
-                      for labels in (np.asarray(train_labels), np.asarray(test_labels))]
+    support, query = [
+        {label: np.flatnonzero(labels == label) for label in np.unique(labels) if label >= 0}
+        for labels in (np.asarray(train_labels), np.asarray(test_labels))]
     classes = [label for label in support if len(support[label]) >= shot and label in query]
     if len(classes) < way:
-        raise ValueError(f"a {way}-way {shot}-shot episode needs {way} classes with {shot} training clips and a test "
-                         f"clip, and {len(classes)} have them; choose a smaller --way, or add clips")
-    chosen = [draw.choice(classes, way, replace=False) for _ in range(episodes)]
-    return [(np.stack([draw.choice(support[label], shot, replace=False) for label in some]),
-             np.concatenate([draw.permutation(query[label])[:QUERIES] for label in some])) for some in chosen]
+        raise ValueError(f"a {way}-way {shot}-shot episode needs {way} classes with {shot} training "
+                         f"clips and a test clip, and {len(classes)} have them; choose a smaller "
+                         "--way, or add clips")
+    drawn = []
+    for some in [draw.choice(classes, way, replace=False) for _ in range(episodes)]:
+        shown = [draw.choice(support[label], shot, replace=False) for label in some]
+        asked = [draw.permutation(query[label])[:QUERIES] for label in some]
+        drawn.append((np.stack(shown), np.concatenate(asked)))
+    return drawn
 
 
 def episode_accuracies(train, test, way, shot, episodes, seed):
     """Nearest class mean of l2-normalised pooled features, top-1 % of each episode: a list."""
-    known, unknown = (F.normalize(clips.features.squeeze(1), dim=-1) for clips in (train, test))  # (n, D)
+    known, unknown = (F.normalize(clips.features.squeeze(1), dim=-1) for clips in (train, test))
     found = []
     for support, query in draw_episodes(train.labels, test.labels, way, shot, episodes, seed):
         means = known[support].mean(1)  # (way, D)
@@ -452,105 +777,100 @@ def episode_accuracies(train, test, way, shot, episodes, seed):
     return found
 
 
-def measure(recipe, train, test, flags, device):
-    """What the command line asks for: {measurement: {"values": [%], "how": {...}}}.
-    Those with equal "how", which ends with a hash of all labels, used the same draws and can be compared in pairs."""
-    found, labels = {}, fingerprint(train.labels, test.labels)
-    pooled = (train.pool(), test.pool()) if flags.shots or flags.episodes else None
-    for shot in (1, 5) if flags.episodes else ():
-        how = dict(way=flags.way, shot=shot, episodes=flags.episodes, seed=flags.seed)
-        found[f"{flags.way}-way {shot}-shot episodes"] = episode_accuracies(*pooled, **how), how
-    attentive = recipe if recipe.head == "attentive" else BENCHMARKS["diving48"]
-    jobs = [(recipe, 0)] if not pooled else []
+def measure(recipe, train, test, flags, device, clips):
+    """What the command line asks for: {measurement: {"values": [%], "how": {...}}}. Those with
+    equal "how", which ends with hashes of labels and clips, used the same draws of the same clips
+    and can be compared in pairs."""
+    found, jobs, pooled = {}, [(recipe, 0)], None
+    if flags.shots or flags.episodes:
+        jobs, pooled = [], (train.pool(), test.pool())
+    if flags.episodes:
+        for shot in (1, 5):
+            how = dict(way=flags.way, shot=shot, episodes=flags.episodes, seed=flags.seed)
+            name = f"{flags.way}-way {shot}-shot episodes"
+            found[name] = episode_accuracies(*pooled, **how), how
     for k in flags.shots or []:  # both heads; 0: all labels
-        jobs += [(FEW, k), (FEW._replace(head="standardised", pooled=True), k)] if k else [(attentive, 0), (LINEAR, 0)]
+        if k:
+            jobs += [(FEW, k), (FEW._replace(head="standardised", pooled=True), k)]
+        else:
+            attentive = recipe if recipe.head == "attentive" else BENCHMARKS["diving48"]
+            jobs += [(attentive, 0), (LINEAR, 0)]
+
     for each, k in jobs:
-        each = each._replace(epochs=each.epochs and (flags.probe_epochs or each.epochs))
-        name, count = f"{k or 'all'} labels, {each.head} head", DRAWS if k else flags.seeds
-        clips = pooled if pooled and each.pooled else (train, test)
-        seeds = [*range(flags.seed, flags.seed + count)]
-        found[name] = accuracies(each, *clips, seeds, device, k, name), {**each._asdict(), "k": k, "seeds": seeds}
-    return {name: {"values": values, "how": {**how, "labels": labels}} for name, (values, how) in found.items()}
+        if each.epochs and flags.probe_epochs:
+            each = each._replace(epochs=flags.probe_epochs)
+        name = f"{k or 'all'} labels, {each.head} head"
+        seeds = [*range(flags.seed, flags.seed + (DRAWS if k else flags.seeds))]
+        how = {**each._asdict(), "k": k, "seeds": seeds}
+        if len(seeds) > 1 and not k:
+            how["order"] = seeds[0]  # of clips: all heads share it
+        sets = pooled if pooled and each.pooled else (train, test)
+        found[name] = accuracies(each, *sets, seeds, device, k, name), how
+    same = {"labels": fingerprint(train.labels, test.labels), "clips": clips}
+    return {name: {"values": values, "how": {**how, **same}}
+            for name, (values, how) in found.items()}
+
+
+def print_measurements(measurements, labels):
+    """A line for each: mean and spread of its values, and whether classes lack labelled clips."""
+    for label, found in measurements.items():
+        values = found["values"]
+        line = f"    {label:<36} top-1 {np.mean(values):6.2f}"
+        if len(values) > 1:
+            line += f" ± {np.std(values, ddof=1):.2f} over {len(values)}"
+        fewer = too_few(labels, found["how"].get("k", 0))
+        if fewer:
+            line += f" ({fewer})"
+        print(line, flush=True)
 
 
 def evaluate(frozen, name, sources, flags):
-    """Measure what the command line asks for, print it, and write it to results-NAME.json in the encoder's folder.
-    Other measurements that this file holds of the same encoder and clips stay in it."""
-    recipe = BENCHMARKS.get(name, BENCHMARKS["diving48"])
-    # Other clips than usual, or the untrained encoder, have files of their own.
-    name += "-{}-{}".format(*flags.blob_clips) * (name == "blobs" and flags.blob_clips != BLOB_CLIPS)
-    name += f"-{sources[0].frames}x{sources[0].crop}" * bool(flags.frames or flags.crop)
-    name += "-untrained" * frozen.about.startswith("untrained")
+    """Measure what the command line asks for, print it, and write it to results-NAME.json in the
+    encoder's folder. Other measurements that this file holds of the same encoder and clips stay."""
+    recipe = BENCHMARKS["diving48" if flags.train_list else flags.benchmark or "blobs"]
+    if frozen.about.startswith("untrained"):
+        name += "-untrained"
     path = frozen.folder / f"results-{name}.json"
-    before = read_json(path)  # before hours of extraction: it may be damaged, and episodes may not be there to be drawn
-    if flags.episodes:
+    before = read_json(path)  # before hours of extraction: it may be damaged
+    if flags.episodes:  # likewise: there may be too few classes
         draw_episodes(*(source.labels for source in sources), flags.way, 5, 0, 0)
-    (train, about_train), (test, about_test) = (
+    (train, about_train), (test, about_test) = [
         extract(frozen, source, f"{name}-{split}", recipe.pooled, flags.workers)
-        for split, source in zip(("train", "test"), sources))
-    measurements = measure(recipe, train, test, flags, frozen.encoder.video.device)
-    classes = len({*train.labels.tolist(), *test.labels.tolist()})
-    print(f"{frozen.about}, {name}: {len(train.labels):,} clips to learn from, {len(test.labels):,} to be tested on, "
-          f"{classes} classes, chance {100 / (flags.way if flags.episodes else classes):.1f}")
-    for label, found in measurements.items():
-        values = found["values"]
-        spread = f" ± {np.std(values, ddof=1):.2f} over {len(values)}" if len(values) > 1 else ""
-        print(f"    {label:<36} top-1 {np.mean(values):6.2f}{spread}", flush=True)
-    what = {"benchmark": name, "encoder": frozen.about, "checkpoint": flags.weights or flags.checkpoint,
-            "sha256": encoder_fingerprint(frozen.encoder), "frames": sources[0].frames, "crop": sources[0].crop,
+        for split, source in zip(("train", "test"), sources)]
+    clips = fingerprint(about_train["source"], about_test["source"])
+    measurements = measure(recipe, train, test, flags, frozen.encoder.video.device, clips)
+    classes = len({*train.labels.tolist(), *test.labels.tolist()} - {-1})
+    chance = 100 / (flags.way if flags.episodes else classes)
+    print(f"{frozen.about}, {name}: {about_train['clips']:,} clips to learn from, "
+          f"{about_test['clips']:,} to be tested on, {classes} classes, chance {chance:.1f}")
+    print_measurements(measurements, train.labels[train.labels >= 0])
+
+    what = {"benchmark": name, "encoder": frozen.about,
+            "checkpoint": flags.weights or flags.checkpoint,
+            "sha256": encoder_fingerprint(frozen.encoder),
+            "frames": sources[0].frames, "crop": sources[0].crop,
             "train": about_train, "test": about_test}
-    same = all(before.get(key) == value for key, value in what.items())
-    write_json(path, {**what, "measurements": (before["measurements"] if same else {}) | measurements})
+    if all(before.get(key) == value for key, value in what.items()):
+        measurements = before["measurements"] | measurements
+    write_json(path, {**what, "measurements": measurements})
     print(f"written to {path}")
 
 
-def parse(arguments):
-    """The command line. Flags that are wrong, or do not go together, end with argparse's message."""
-    def numbers(text):
-        return [0 if part == "all" else number(1)(part) for part in text.split(",")]
-
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--checkpoint", help="last.pt of a run folder")
-    add("--weights", help="a V-JEPA 2.1 checkpoint, ViT-B or ViT-L")
-    add("--untrained", nargs="?", const="", choices=["", *SIZES], help="random weights: those of the run's seed or, "
-        "without a checkpoint, of a network of this size and --seed")
-    add("--out", metavar="DIR", help="folder for features and results; by default the checkpoint's")
-    add("--frames", type=number(1), help="of a clip; by default as in training, else 16")
-    add("--crop", type=number(1), help="pixels; by default as in training, else 224")
-    add("--benchmark", choices=BENCHMARKS)
-    add("--root", metavar="DIR", help="the folder that holds the datasets (see data.py --check)")
-    add("--train-list", metavar="CSV", help="videos to learn from, a line `path label` each")
-    add("--test-list", metavar="CSV", help="videos to be tested on, likewise")
-    add("--probe-epochs", type=number(1), help="in the place of the benchmark's own")
-    add("--seed", type=number(0), default=0, help="the first, of heads, their shuffling, and draws")
-    add("--seeds", type=number(1), default=1, help="how many heads to train on all labels")
-    add("--shots", type=numbers, metavar="K,K,...", help="labelled clips per class, or all")
-    add("--episodes", type=number(1), nargs="?", const=EPISODES, help=f"how many; {EPISODES} by default")
-    add("--way", type=number(2), default=5, help="classes of an episode")
-    add("--clips", type=number(FEWEST_CLIPS), default=2304, help="moving shapes to train a head on")
-    add("--blob-clips", type=numbers, metavar="TRAIN,TEST", default=BLOB_CLIPS, help="160,40 as in the study")
-    add("--workers", type=number(0), default=min(8, os.cpu_count()), help="processes that read videos")
-    flags = parser.parse_args(arguments)
-    lists = flags.train_list or flags.test_list
-    wrong = {
-        "give one of --checkpoint, --weights and --untrained SIZE":
-            bool(flags.checkpoint) + bool(flags.weights) + bool(flags.untrained) != 1,
-        "--weights needs --out DIR, a folder for features and results": flags.weights and not flags.out,
-        "--train-list and --test-list go together": lists and not (flags.train_list and flags.test_list),
-        "--benchmark and your own lists ask for different clips; give one": lists and flags.benchmark,
-        "--blob-clips takes two numbers, as 160,40": len(flags.blob_clips) != 2 or 0 in flags.blob_clips,
-        "--episodes needs --benchmark, or --train-list and --test-list":
-            flags.episodes and not (flags.benchmark or lists),
-        "--root is for --benchmark": flags.root and not flags.benchmark,
-        "blobs are 8 frames of 160 px: no --frames, no --crop":
-            flags.benchmark == "blobs" and (flags.frames or flags.crop),
-        f"--benchmark {flags.benchmark} needs --root DIR; `python data.py --check DIR` says what belongs in there":
-            flags.benchmark not in (None, "blobs") and not flags.root}
-    for sentence in [sentence for sentence, holds in wrong.items() if holds]:
-        parser.error(sentence)
-    return flags
+def write_features(frozen, name, sources, flags):
+    """Write the features of both splits, and what they are of, to the file of --features."""
+    content = {"encoder": frozen.about, "sha256": encoder_fingerprint(frozen.encoder)}
+    kind = "tokens" if flags.tokens else "pooled"
+    for split, source in zip(("train", "test"), sources):
+        clips, _ = extract(frozen, source, f"{name}-{kind}-{split}", not flags.tokens, flags.workers)
+        there = (clips.labels >= 0).nonzero().squeeze(1)
+        features = clips.features[there]  # (n, N, D)
+        content[split] = {"paths": [source.paths[item] for item in there],
+                          "labels": clips.labels[there],
+                          "features": features if flags.tokens else features.squeeze(1)}
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_file(Path(flags.features), buffer.getvalue())
+    print(f"written to {flags.features}")
 
 
 @command("probe.py", smaller="number of --clips or --frames, or --crop",
@@ -561,13 +881,19 @@ def main(arguments=None):
     frozen = open_frozen(flags, untrained)
     name, *sources = open_sources(flags, frozen.config["frames"], frozen.config["crop"])
     print(frozen.about)
+    if flags.features:
+        write_features(frozen, name, sources, flags)
+        return
     if not (flags.benchmark or own):
-        found = probe_shapes(frozen.encoder, frozen.config, flags.clips, flags.seed, flags.shots or [LABELS])
-        show_shapes({"untrained" if untrained else "encoder": found}, flags.clips)
+        found = probe_shapes(frozen.encoder, frozen.config, flags.clips, flags.seed,
+                             flags.shots or [LABELS])
+        row = "untrained" if untrained else "encoder"
+        show_shapes({row: found}, flags.clips, frozen.config.get("world", "default"))
     if own and not (flags.shots or flags.episodes):
         flags.shots = [0, LABELS]
-    for each in [frozen] + [open_frozen(flags, True)] * bool(own and not untrained):
-        evaluate(each, name, sources, flags)
+    evaluate(frozen, name, sources, flags)
+    if own and not untrained:
+        evaluate(open_frozen(flags, True), name, sources, flags)
 
 
 if __name__ == "__main__":
