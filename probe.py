@@ -99,7 +99,8 @@ def make_parser():
     add("--shots", type=counts, metavar="K,K,...", help="labelled clips per class, or all")
     add("--episodes", type=whole(1), nargs="?", const=EPISODES, help=f"how many [{EPISODES}]")
     add("--way", type=whole(2), default=5, help="classes of an episode [%(default)s]")
-    add("--features", metavar="FILE", help="write paths, labels and pooled features there, and stop")
+    add("--features", metavar="FILE", help="write paths, labels and pooled features there,
+        and stop")
     add("--tokens", action="store_true", help="with --features: those of all tokens")
     add("--probe-epochs", type=whole(1), help="in the place of the benchmark's own")
     add("--seeds", type=whole(1), default=1, help="how many heads to train on all labels; they "
@@ -113,7 +114,7 @@ def make_parser():
 
 
 def parse(arguments):
-    """The command line. Flags that are wrong, or do not go together, end with argparse's message."""
+    """The command line. Flags that do not go together end with argparse's message, as wrong ones."""
     parser = make_parser()
     flags = parser.parse_args(arguments)
     own = flags.train_list or flags.test_list
@@ -268,7 +269,8 @@ def encode(encoder, source, items, workers=0, about=""):
 # ---------------------------------------------------------------------------------------- heads
 #
 # A head holds its own weights. `logits(p, tokens)` computes S heads side by side: p are their
-# weights by name, each [S, ...], and tokens [G, n, N, D], each of the G sets for S / G heads.
+# weights by name, each [S, ...], and tokens [G, n, N, D]: G = S clips of their own, or G = 1 set of
+# clips for all heads. It gives [S, n, classes].
 
 
 class Labelled(NamedTuple):
@@ -458,7 +460,7 @@ def accuracies(recipe, train, test, seeds, device, shots=0, progress=""):
 
 
 def features_of(encoder, source, items, keep=None, workers=0, about=""):
-    """Of clips [n] of a world or a labelled source, on the CPU: all tokens, float16 [n, N, D], their
+    """Of clips [n] of a world or a labelled source, on the CPU: tokens, float16 [n, N, D], their
     means [n, 1, D], and which clips can be read, bool [n]. keep: bool [n], the clips whose tokens
     are wanted, None for all. Rows that are never written take no memory."""
     readable = torch.zeros(len(items), dtype=torch.bool)
@@ -598,7 +600,8 @@ def show_shapes(rows, count, world="default"):
 def show_own(rows, sources, count=2304):
     """Print what `probe_own` found of these sources, {name of an encoder: found}."""
     learn, exam = min(count, len(sources[0])), min(count // 3, len(sources[1]))
-    print(f"\nTop-1 % on {exam:,} of your clips, held out; one training seed; ± over {DRAWS} draws")
+    print(f"\nTop-1 % on {exam:,} of your clips, held out; one training seed; "
+          f"± over {DRAWS} draws")
     show(rows, learn, {"class": 100 / len({*sources[0].labels, *sources[1].labels})})
     print(too_few(sources[0].labels, LABELS))
 
@@ -659,7 +662,7 @@ def fingerprint(*parts):
 
 
 def encoder_fingerprint(encoder):
-    """Of every weight with its name and shape, and of the number of heads, which no weight tells."""
+    """Of every weight, its name and shape, and the number of heads, which no weight tells."""
     parts = [encoder.blocks[0].attn.heads]
     for name, weight in encoder.state_dict().items():
         parts += [name, list(weight.shape), weight]
@@ -671,8 +674,8 @@ def clips_fingerprint(source):
     their labels, and what is seen of them."""
     files = [os.path.exists(path) and (os.path.getsize(path), os.stat(path).st_mtime_ns)
              for path in source.paths]
-    generator = source.blobs.first if isinstance(source, data.BlobClips) else None
-    return fingerprint(source.paths, files, generator, source.labels, source.frames, source.crop)
+    seed = source.blobs.first if hasattr(source, "blobs") else None
+    return fingerprint(source.paths, files, seed, source.labels, source.frames, source.crop)
 
 
 def extract(frozen, source, name, pooled, workers):
@@ -690,7 +693,7 @@ def extract(frozen, source, name, pooled, workers):
     grid = token_grid(source.frames, source.crop, source.crop, encoder.patch, encoder.tubelet)
     shape = len(source), 1 if pooled else math.prod(grid), encoder.width
     # Blobs keep float32, as in the paper.
-    kind = torch.float32 if isinstance(source, data.BlobClips) else torch.float16
+    kind = torch.float32 if hasattr(source, "blobs") else torch.float16
     with locked(folder.parent):
         for other in {*folder.parent.iterdir()} - {folder}:
             shutil.rmtree(other, ignore_errors=True)  # of other weights or clips
@@ -754,9 +757,9 @@ def draw_episodes(train_labels, test_labels, way, shot, episodes, seed):
         for labels in (np.asarray(train_labels), np.asarray(test_labels))]
     classes = [label for label in support if len(support[label]) >= shot and label in query]
     if len(classes) < way:
-        raise ValueError(f"a {way}-way {shot}-shot episode needs {way} classes with {shot} training "
-                         f"clips and a test clip, and {len(classes)} have them; choose a smaller "
-                         "--way, or add clips")
+        raise ValueError(f"a {way}-way {shot}-shot episode needs {way} classes with {shot} "
+                         f"training clips and a test clip, and {len(classes)} have them; choose a "
+                         "smaller --way, or add clips")
     drawn = []
     for some in [draw.choice(classes, way, replace=False) for _ in range(episodes)]:
         shown = [draw.choice(support[label], shot, replace=False) for label in some]
@@ -861,7 +864,8 @@ def write_features(frozen, name, sources, flags):
     content = {"encoder": frozen.about, "sha256": encoder_fingerprint(frozen.encoder)}
     kind = "tokens" if flags.tokens else "pooled"
     for split, source in zip(("train", "test"), sources):
-        clips, _ = extract(frozen, source, f"{name}-{kind}-{split}", not flags.tokens, flags.workers)
+        clips, _ = extract(frozen, source, f"{name}-{kind}-{split}", not flags.tokens,
+                           flags.workers)
         there = (clips.labels >= 0).nonzero().squeeze(1)
         features = clips.features[there]  # (n, N, D)
         content[split] = {"paths": [source.paths[item] for item in there],

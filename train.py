@@ -459,7 +459,7 @@ def finish(trainer, folder):
         with torch.compiler.set_stance("force_eager"):  # blocks would be compiled again for the probes' shapes
             for name, encoder in encoders.items():
                 found[name] = probe.probe_shapes(encoder, asdict(config), config.probe_clips, about=f"{name} encoder")
-        probe.show_shapes(found, config.probe_clips)
+        probe.show_shapes(found, config.probe_clips, config.world)
         if config.data or config.root:
             print("These clips are generated, not yours; probe.py reads yours.")
         if collapsed(last):

@@ -239,13 +239,21 @@ def show_head(config, flags):
     """The attentive head, forward and backward, beside the same head by nn.MultiheadAttention."""
     for shape in HEAD_SHAPES:
         tokens, head = torch.randn(shape), AttentiveHead(shape[-1], 48)
+        weights, _ = torch.func.stack_module_state([head])
+        attention = torch.nn.MultiheadAttention(shape[-1], 8, batch_first=True)
+        attention.load_state_dict({
+            "in_proj_weight": torch.cat([head.w_query, head.w_key, head.w_value]),
+            "in_proj_bias": torch.zeros(3 * shape[-1]),
+            "out_proj.weight": head.out.weight, "out_proj.bias": head.out.bias})
 
+        def ours(tokens):
+            return head.logits(weights, tokens.unsqueeze(0))[0]
         def usual(tokens):
             x = torch.cat((head.token.expand(len(tokens), -1, -1), tokens), dim=1)
-            return head.linear(head.norm((x + head.attention(x, x, x, need_weights=False)[0])[:, 0]))
+            return head.linear(head.norm((x + attention(x, x, x, need_weights=False)[0])[:, 0]))
         def run(i, forward):
             return (scores := forward(tokens)).square().mean().backward() or scores.detach()
-        ways = {"ours": partial(run, forward=head), "nn.MultiheadAttention": partial(run, forward=usual)}
+        ways = {"ours": partial(run, forward=ours), "nn.MultiheadAttention": partial(run, forward=usual)}
         take_turns(ways, flags.rounds, 1, True, f"{list(shape)}")
 
 

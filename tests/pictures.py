@@ -22,7 +22,7 @@ import data
 import probe
 from data import command, write_file
 from model import normalise, token_grid
-from objectives import motion_map, sample_masks
+from objectives import Masking, motion_map, sample_masks
 from probe import HELD_OUT, last_level
 from synthetic import DIRECTIONS, WORLDS
 
@@ -85,7 +85,7 @@ def save_rows(path, rows, title):
     save_image(path, image)
 
 
-def clip_pictures(frozen, untrained, clips):
+def clip_pictures(frozen, untrained, clips, masking):
     """Write masks.png and features.png of clips [B, 3, T, H, W] in 0..255, a picture for each time
     step of the grid.
 
@@ -96,9 +96,9 @@ def clip_pictures(frozen, untrained, clips):
     patch, tubelet = frozen.encoder.patch, frozen.encoder.tubelet
     grid = token_grid(*clips.shape[2:], patch, tubelet)
     frames = clips[:, :, ::tubelet].transpose(1, 2) / 255  # (B, t, 3, H, W)
-    motion = motion_map(normalise(clips), grid) if frozen.masking.motion_strength else None
+    motion = motion_map(normalise(clips), grid) if masking.motion_strength else None
     generator = torch.Generator().manual_seed(0)
-    masks = sample_masks(len(clips), grid, frozen.masking, generator, motion)
+    masks = sample_masks(len(clips), grid, masking, generator, motion)
     colours = []
     for each in (frozen, untrained):
         tokens = torch.cat([last_level(each.encoder, clip.unsqueeze(0)) for clip in clips])
@@ -217,7 +217,10 @@ def main(arguments=None):
     else:
         world = WORLDS[frozen.config.get("world", "default")]
         clips = world(frames, crop, HELD_OUT).clips(range(4))
-    clip_pictures(frozen, untrained, clips)
+    masking = Masking()
+    if flags.checkpoint:
+        masking = Masking(**probe.load_checkpoint(flags.checkpoint)["definition"]["masking"])
+    clip_pictures(frozen, untrained, clips, masking)
     motion_picture(frozen, untrained, flags.clips)
     if (frozen.folder / "metrics.csv").exists():
         curves(frozen)

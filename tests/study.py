@@ -102,7 +102,7 @@ def probe_blobs(encoder, config, shots, folder):
     flags = probe.parse(["--untrained=tiny", "--benchmark=blobs", "--blob-clips", BLOB_CLIPS,
                          "--workers=0", f"--shots={','.join(map(str, shots))}"])
     name, *sources = probe.open_sources(flags, 8, 160)
-    frozen = probe.Frozen(encoder, config, objectives.Masking(), "the encoder", folder)
+    frozen = probe.Frozen(encoder, config, "the encoder", folder)
     probe.evaluate(frozen, name, sources, flags)
     results = folder / f"results-blobs-{BLOB_CLIPS.replace(',', '-')}.json"
     found = read_json(results)["measurements"]

@@ -30,9 +30,9 @@ def cells_of(path, crop, columns=4):
 @pytest.mark.parametrize("objective", ["baseline", "amg", "future_predictive"])
 def test_pictures_show_the_frames_both_masks_and_features(tmp_path, objective):
     masking, grid = OBJECTIVES[objective].masking, (4, 8, 8)
-    frozen, untrained = (make_frozen(tmp_path, seed=seed)._replace(masking=masking) for seed in (100, 0))
+    frozen, untrained = (make_frozen(tmp_path, seed=seed) for seed in (100, 0))
     clips = Shapes(8, 64, 0).clips(range(4))
-    pictures.clip_pictures(frozen, untrained, clips)
+    pictures.clip_pictures(frozen, untrained, clips, masking)
     frames = clips[:, :, ::2].transpose(1, 2) / 255  # (4, t, 3, 64, 64)
     large = [cells_of(tmp_path / f"{name}.png", 128).unflatten(0, (4, 3)) for name in ("masks", "features")]
     masks, features = (cells[..., ::2, ::2] for cells in large)  # clips of 64 pixels are shown twice as large

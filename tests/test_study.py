@@ -407,7 +407,7 @@ def test_a_run_on_blobs_is_probed_on_other_blobs(tmp_path, monkeypatch):
     checkpoint = probe.load_checkpoint(run / "last.pt")
     encoder = probe.make_encoder(checkpoint["config"], checkpoint["target"])
     clips = data.BlobClips(8, 160, items=range(16), first=data.CLEAN_BLOBS, directions=True)
-    tokens = torch.stack([probe.last_level(encoder, clips.evaluation_clip(i)[None])[0].half() for i in range(16)])
+    tokens = torch.stack([probe.last_level(encoder, clips.evaluation_clip(i)[None])[0] for i in range(16)])
     sets = [probe.Labelled(tokens[rows], torch.arange(16)[rows] % 8) for rows in (slice(8), slice(8, 16))]
     assert found["1 direction"] == probe.accuracies(probe.FEW, *sets, range(5), "cpu", 1) and "feature_std" in found
 

@@ -240,7 +240,7 @@ def test_as_released_without_ema_the_evaluated_encoder_is_the_untrained_one(tmp_
     """The probe's figures are replaced by one that stands for the weights."""
     def weigh(encoder, *_, **__):
         weight = sum(p.double().sum().item() for p in encoder.parameters())
-        return {"5": {name: [weight] * 5 for name in probe.FACTORS}, "linear": dict.fromkeys(probe.FACTORS, weight)}
+        return {"5": {name: [weight] * 5 for name in probe.WORLDS["default"].classes}, "linear": dict.fromkeys(probe.WORLDS["default"].classes, weight)}
     monkeypatch.setattr(probe, "probe_shapes", weigh)
     flags = [*QUICK, "--objective", "kinematic", "--steps", "4", "--probe-clips", "192", "--out", str(tmp_path / "run")]
     assert train.main(flags + ["--as-released"] * released) == 0
@@ -684,7 +684,7 @@ def test_a_run_ends_with_a_table_of_what_result_json_holds(finished, monkeypatch
 @pytest.mark.parametrize("rank, deviation, dead", [(1.5, 1.0, True), (9.0, 0.05, True), (9.0, 0.5, False)])
 def test_a_table_of_collapsed_features_or_beside_your_own_videos_says_so(tmp_path, videos, monkeypatch, capsys, rank,
                                                                          deviation, dead):
-    numbers = {"5": {name: [1.0] * 5 for name in probe.FACTORS}, "linear": dict.fromkeys(probe.FACTORS, 1.0)}
+    numbers = {"5": {name: [1.0] * 5 for name in probe.WORLDS["default"].classes}, "linear": dict.fromkeys(probe.WORLDS["default"].classes, 1.0)}
     monkeypatch.setattr(probe, "probe_shapes", lambda *_, **__: numbers)
     monkeypatch.setattr(train, "collapse_meter", lambda h: (torch.tensor(rank), torch.tensor(deviation)))
     flags = [*QUICK, "--steps", "1", "--probe-clips", "192", "--out", str(tmp_path / "run")]
