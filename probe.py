@@ -99,8 +99,8 @@ def make_parser():
     add("--shots", type=counts, metavar="K,K,...", help="labelled clips per class, or all")
     add("--episodes", type=whole(1), nargs="?", const=EPISODES, help=f"how many [{EPISODES}]")
     add("--way", type=whole(2), default=5, help="classes of an episode [%(default)s]")
-    add("--features", metavar="FILE", help="write paths, labels and pooled features there,
-        and stop")
+    add("--features", metavar="FILE", help="write paths, labels and pooled features "
+        "to this file, and stop")
     add("--tokens", action="store_true", help="with --features: those of all tokens")
     add("--probe-epochs", type=whole(1), help="in the place of the benchmark's own")
     add("--seeds", type=whole(1), default=1, help="how many heads to train on all labels; they "
