@@ -5,10 +5,13 @@
     python tests/benchmark.py --graphs --objective ld,hamiltonian   compiled graphs while token counts change
     python tests/benchmark.py --decode                              random windows of videos, beside decord
     python tests/benchmark.py --head                                the attentive head, beside nn.MultiheadAttention
+    python tests/benchmark.py --few --beside DIR                    few-label heads, beside those of another checkout
+    python tests/benchmark.py --heads --beside DIR                  five heads on ViT-B's tokens, likewise
 
 Every flag of train.py goes with it; all but the first run on the CPU."""
 import argparse
 import gc
+import importlib
 import statistics
 import sys
 import tempfile
@@ -27,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import miniature
 import objectives
+import probe
 import train
 from data import command, number
 from model import Size
@@ -257,8 +261,54 @@ def show_head(config, flags):
         take_turns(ways, flags.rounds, 1, True, f"{list(shape)}")
 
 
+def probe_of(folder):
+    """The module probe of another checkout, with that checkout's own other modules."""
+    names = ("probe", "data", "model", "objectives", "synthetic")
+    mine = {name: sys.modules.pop(name) for name in names}
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module("probe")
+    finally:
+        sys.path.remove(folder)
+        sys.modules.update(mine)
+
+
+def show_probe(flags, shape, tested, recipe, shots):
+    """Five heads on random features [n, N, D], float16, beside those of another checkout: CPU
+    seconds, and the largest difference of an accuracy in points."""
+    if not flags.beside:
+        raise ValueError("give --beside DIR, another checkout")
+    features, labels = torch.randn(shape).half(), torch.arange(shape[0]) % 8
+    features[:, :, :8] += torch.nn.functional.one_hot(labels, 8).half().unsqueeze(1) / 4
+    seconds, differences = {"ours": [], "beside": []}, []
+    modules = {"ours": probe, "beside": probe_of(flags.beside)}
+    for _ in range(flags.rounds):
+        found = {}
+        for name, module in modules.items():
+            sets = [module.Labelled(features[:count], labels[:count]) for count in (shape[0], tested)]
+            began = time.process_time()
+            found[name] = module.accuracies(recipe, *sets, range(5), "cpu", shots)
+            seconds[name].append(time.process_time() - began)
+        differences += [abs(a - b) for a, b in zip(found["ours"], found["beside"])]
+    ours, beside = (statistics.median(each) for each in seconds.values())
+    print(f"five heads, {shots or 'all'} labels, {list(shape)}: ours {ours:.2f} s, beside {beside:.2f} s, "
+          f"{beside / ours:.2f} x ours; accuracies differ by up to {max(differences):.2f} points")
+
+
+def show_few(config, flags):
+    """The few-label heads of the table that ends a run: their draws and orders of clips are the same."""
+    show_probe(flags, (2304, 64, 128), 768, probe.FEW, 5)
+
+
+def show_heads(config, flags):
+    """All labels at ViT-B's size: ours share one order of clips. Then few labels, each its own."""
+    show_probe(flags, (48, 1568, 768), 16, probe.BENCHMARKS["diving48"]._replace(epochs=1), 0)
+    show_probe(flags, (48, 1568, 768), 16, probe.FEW._replace(steps=2, batch=16), 2)
+
+
 # What runs, how many rounds, and the flags of train.py that it starts from.
 MODES = {None: (show_steps, 5, ""), "decode": (show_decoding, 100, ""), "head": (show_head, 5, ""),
+         "few": (show_few, 5, ""), "heads": (show_heads, 5, ""),
          "plain": (show_plain, 15, "--model vit_base --patch 16 --frames 16 --crop 112 --batch 4"),
          "graphs": (show_graphs, 1, "--crop 24 --batch 4 --steps 220")}
 
@@ -269,6 +319,7 @@ def main(arguments=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objective", default="baseline", help="one or several with commas, or all [baseline]")
     parser.add_argument("--rounds", type=number(1), help="how often each way is timed [5; --plain 15, --decode 100]")
+    parser.add_argument("--beside", metavar="DIR", help="another checkout, for --few and --heads")
     for mode in list(MODES)[1:]:
         parser.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode)
     flags, others = parser.parse_known_args(arguments)

@@ -2,6 +2,7 @@
 import math
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,6 +109,19 @@ def test_ours_stands_beside_the_plain_step_and_the_usual_head(capsys, monkeypatc
     for mode, ways in (("--plain", 3), ("--head", 2)):
         _, found = run(capsys, mode, "--model", "tiny", "--frames", "4")
         assert len(found) == ways and next(iter(found.values())) == 1 and all(ratio > 0 for ratio in found.values())
+
+
+def test_heads_stand_beside_those_of_another_checkout(capsys, monkeypatch):
+    """Here beside themselves."""
+    run, shown = benchmark.show_probe, []
+    monkeypatch.setattr(benchmark, "show_probe", lambda flags, shape, tested, recipe, shots: shown.append(run(
+        flags, (32, 2, 64), 16, recipe._replace(steps=recipe.steps and 1), shots)))
+    folder = str(Path(benchmark.__file__).parent.parent)
+    for mode, count in (("--few", 1), ("--heads", 2)):
+        assert benchmark.main([mode, "--beside", folder, *QUICK, "--rounds", "1"]) == 0
+        output = capsys.readouterr().out
+        assert len(re.findall(r"five heads, .* x ours; accuracies differ by up to 0.00 points\n", output)) == count
+    assert benchmark.main(["--few", *QUICK]) == 1 and "give --beside DIR" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("there", [True, False])
