@@ -611,7 +611,8 @@ def too_few(labels, k):
     counts = np.unique(labels, return_counts=True)[1]
     if min(counts) >= k:
         return ""
-    return f"{(counts < k).sum()} of {len(counts)} classes have fewer, down to {min(counts)}"
+    return (f"{(counts < k).sum()} of {len(counts)} classes have fewer clips to learn from than "
+            f"that, down to {min(counts)}")
 
 
 # ------------------------------------------------------------------- sources, features in a file

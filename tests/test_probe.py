@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -451,6 +452,70 @@ def test_the_table_of_moving_shapes_holds_means_deviations_and_chance(capsys):
     assert chance.split() == "chance 12.5 3.1 12.5 12.5 25.0 12.5".split()
 
 
+def test_the_probe_along_a_run_is_of_few_labels_and_leaves_random_numbers_alone(monkeypatch):
+    """One head for each factor, on the clips of draw 0 of the finest one, cut out by hand; for
+    labelled sources on those that can be read."""
+    monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=3))
+    encoder = probe.make_encoder(CONFIG)
+    before = torch.get_rng_state()
+    found = probe.along(encoder, CONFIG)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [*found] == ["direction", "motion", "appearance"]
+    learn, exam = (Shapes(4, 16, probe.HELD_OUT + i) for i in range(2))
+    known, tested = learn.factors(range(probe.ALONG_TRAIN)), exam.factors(range(probe.ALONG_TEST))
+    drawn = (probe.draw_shots(known["motion"], 5, 0) >= 0).nonzero().squeeze(1)
+    assert 150 <= len(drawn) <= 160
+    tokens = [naive_features(encoder, source.clips(items)).half()
+              for source, items in ((learn, drawn), (exam, range(probe.ALONG_TEST)))]
+    for factor, value in found.items():
+        sets = [Labelled(tokens[0], known[factor][drawn]), Labelled(tokens[1], tested[factor])]
+        assert [value] == probe.accuracies(probe.FEW, *sets, [0], "cpu", 5)
+
+    own = Clips(range(90), broken=[3]), Clips(range(300), broken=[0, 7])
+    before = torch.get_rng_state()
+    found = probe.along(encoder, CONFIG, own)
+    assert torch.equal(torch.get_rng_state(), before) and [*found] == ["class"]
+    drawn = (probe.draw_shots(torch.tensor(own[0].labels), 5, 0) >= 0).nonzero().squeeze(1)
+    assert own[0].read == drawn.tolist() and len(own[1].read) == probe.ALONG_TEST
+    sets = []
+    for source in own:
+        items, labels = [*source.read], torch.tensor(source.labels)[source.read]
+        for place, item in enumerate(items):
+            if item in source.broken:
+                items[place], labels[place] = 1, -1  # any other clip, without a label
+        clips = [source.evaluation_clip(item) for item in items]
+        sets.append(Labelled(naive_features(encoder, clips).half(), labels))
+    assert [found["class"]] == probe.accuracies(probe.FEW, *sets, [0], "cpu", 5)
+
+
+def test_the_table_of_your_own_clips_stands_beside_chance_and_says_where_labels_lack(
+        monkeypatch, capsys):
+    monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=3))
+    monkeypatch.setattr(probe, "LINEAR", probe.LINEAR._replace(epochs=1))
+    encoder = probe.make_encoder(CONFIG)
+    sources = Clips(range(30), broken=[4]), Clips(range(40), broken=[0])
+    found = probe.probe_own(encoder, sources, count=60)
+    assert [*found] == ["5", "linear"] and len(found["5"]["class"]) == 5
+    assert sources[0].read == [*range(30)] and len(sources[1].read) == 20
+    sets = []
+    for source in sources:
+        items = [item for item in source.read if item not in source.broken]
+        tokens = naive_features(encoder, [source.evaluation_clip(item) for item in items])
+        sets.append(Labelled(tokens.mean(1, keepdim=True),
+                             torch.tensor([source.labels[item] for item in items])))
+    assert probe.accuracies(probe.LINEAR, *sets, [0], "cpu") == [found["linear"]["class"]]
+
+    draws = {"5": {"class": [10.0, 20.0, 30.0, 40.0, 50.0]}, "linear": {"class": 61.25}}
+    probe.show_own({"trained": draws}, sources, 60)
+    title, head, columns, row, chance, note = capsys.readouterr().out.strip().splitlines()
+    assert title.startswith("Top-1 % on 20 of your clips, held out")
+    assert "5 labels per class" in head and "all 30 labels" in head
+    assert columns.split() == ["class", "class"]
+    assert row.split() == "trained 30.0 ± 15.8 61.2".split()
+    assert chance.split() == "chance 12.5 12.5".split()
+    assert note == "8 of 8 classes have fewer clips to learn from than that, down to 3"
+
+
 # ----------------------------------------------------------------------------------------------- features in files
 
 
@@ -575,6 +640,57 @@ def test_a_result_says_how_it_came_about_and_keeps_what_was_measured_before(tmp_
     assert [*result(tmp_path)["measurements"]] == [*found["measurements"], *EPISODES]
     options["classes"] = 7  # other clips: what was measured before is not of these
     assert probe.main([*flags, "--episodes", "3"]) == 0 and len(result(tmp_path)["measurements"]) == 2
+
+
+def test_features_are_written_for_code_of_your_own(tmp_path, quick_blobs, capsys):
+    quick_blobs[1]["broken"] = [2, 165]
+    flags = ["--checkpoint", make_checkpoint(tmp_path), "--benchmark", "blobs", *LOADERLESS]
+    encoder, file = probe.make_encoder({**CONFIG, "seed": 100}), tmp_path / "features.pt"
+    for more, pooled in ([], True), (["--tokens"], False):
+        assert probe.main([*flags, "--features", str(file), *more]) == 0
+        saved = torch.load(file)
+        assert saved["encoder"] == "baseline, target encoder at step 7"
+        assert saved["sha256"] == probe.encoder_fingerprint(encoder)
+        for split, source in zip(("train", "test"), quick_blobs[0][-2:]):
+            there = [place for place, item in enumerate(source.items) if item not in source.broken]
+            assert saved[split]["paths"] == [source.paths[place] for place in there]
+            assert saved[split]["labels"].tolist() == [source.labels[place] for place in there]
+            expected = naive_features(encoder, readable(source), pooled)
+            expected = expected.squeeze(1) if pooled else expected
+            torch.testing.assert_close(saved[split]["features"].float(), expected, rtol=2e-3, atol=2e-3)
+    assert not list(tmp_path.glob("results-*"))
+
+
+def test_the_same_clips_for_training_and_test_and_classes_that_lack_labels_are_told(
+        tmp_path, monkeypatch, capsys, quick_blobs):
+    for i in range(6):
+        (tmp_path / f"{i}.mp4").write_bytes(b"")
+    (tmp_path / "a.csv").write_text("".join(f"{i}.mp4 {i % 2}\n" for i in range(4)))
+    (tmp_path / "b.csv").write_text("".join(f"{i}.mp4 {i % 2}\n" for i in range(3, 6)))
+    lists = [f"--train-list={tmp_path}/a.csv", f"--test-list={tmp_path}/b.csv"]
+    probe.open_sources(probe.parse(["--untrained=tiny", *lists]), 4, 16)
+    assert "1 clips are in both lists" in capsys.readouterr().out
+
+    monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=2))
+    flags = ["--checkpoint", make_checkpoint(tmp_path / "run"), "--benchmark=blobs", *LOADERLESS]
+    assert probe.main([*flags, "--blob-clips=12,8", "--shots=1,2"]) == 0
+    output = capsys.readouterr().out
+    note = "(4 of 8 classes have fewer clips to learn from than that, down to 1)"
+    assert [note in line for line in output.splitlines() if "top-1" in line] == [False] * 2 + [True] * 2
+
+
+def test_results_are_of_the_same_clips_only_if_paths_sizes_and_times_are(tmp_path):
+    """And generated ones if their seed is."""
+    source, found = Clips(range(5), folder=tmp_path), set()
+    for i, content in enumerate((b"", b"a file", b"A FILE")):
+        (tmp_path / "3.mp4").write_bytes(content)
+        os.utime(tmp_path / "3.mp4", ns=(0, 1_000_000_000 + i))
+        found.add(probe.clips_fingerprint(source))
+    found.add(probe.clips_fingerprint(Clips(range(5), folder=tmp_path / "elsewhere")))
+    for first in (42, 43):
+        found.add(probe.clips_fingerprint(
+            data.BlobClips(8, 160, items=range(5), first=first, directions=True)))
+    assert len(found) == 6
 
 
 def test_few_label_measurements_are_of_both_heads_and_of_the_same_draws_for_every_checkpoint(
@@ -835,6 +951,15 @@ def test_what_cannot_be_done_gives_one_sentence_and_writes_nothing(tmp_path, mon
     message = capsys.readouterr().err.splitlines()
     assert re.search(sentence, message[-1]) and not list(tmp_path.iterdir())
     assert (status, len(message)) == (1, 1) if sentence.startswith("probe.py") else status == 2
+
+
+def test_help_and_wrong_flags_need_no_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    for flags, status, text in ((["--help"], 0, "example: python probe.py"),
+                                (["--untrained=tiny", "--tokens"], 2, "--tokens is for --features")):
+        process = subprocess.run([sys.executable, probe.__file__, *flags], text=True,
+                                 capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+        assert process.returncode == status and text in process.stdout + process.stderr
 
 
 def test_nothing_readable_and_features_that_are_not_finite_are_told(tmp_path, quick_blobs, capsys):
