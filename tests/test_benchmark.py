@@ -1,13 +1,17 @@
 """The benchmark in every mode, on tiny settings; the operations that it counts beside a formula."""
+import io
 import math
 import re
 import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 
 import benchmark
+import beside
+import miniature
+import probe
 import train
 from model import LEVELS, SIZES
 
@@ -17,7 +21,7 @@ benchmark.WARM_UP, benchmark.ROUND = 1, 2
 
 def run(capsys, *flags):
     """What a call of the benchmark prints: text, and the ratios in it by name."""
-    assert benchmark.main([*flags, *QUICK, "--rounds", "2"]) == 0
+    assert benchmark.main([*flags, *QUICK, "--rounds", "1"]) == 0
     output = capsys.readouterr().out
     return output, {name: float(ratio) for name, ratio in re.findall(r"(.+): [\d.]+ ms, ([\d.]+) x ours\n", output)}
 
@@ -91,37 +95,21 @@ def test_a_batch_that_memory_does_not_hold_is_one_sentence(monkeypatch, capsys):
 
 
 def test_the_largest_kernels_come_first_with_their_share():
-    found = benchmark.largest_kernels(*some_steps("ld")[1:], "CPU", "self_cpu_time_total")
+    _, trainer, steps = some_steps("ld")
+    found = benchmark.largest_kernels(trainer, steps[:2], "CPU", "self_cpu_time_total")
     shares = [int(share) for share in re.findall(r" (\d+)%(?:, |$)", found)]
     assert len(shares) == 3 and 0 < sum(shares) <= 100 and shares == sorted(shares, reverse=True)
 
 
-@pytest.mark.command("tests/benchmark.py", "--graphs", "--objective", "hamiltonian", "--steps", "40")
-def test_token_counts_that_change_every_step_compile_no_graph_after_the_warm_up(finished):
-    found = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \| 0 \| 0 \|$", finished[0], re.M)
-    # One for the blocks of each of three networks and one for the losses; two where sizes were not yet known to change.
-    fine = [name for name, counts, graphs in found if int(counts) > 20 and 4 <= int(graphs) <= 6]
-    assert fine == ["hamiltonian"]
-
-
-def test_ours_stands_beside_the_plain_step_and_the_usual_head(capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "HEAD_SHAPES", [(4, 96, 64)])
-    for mode, ways in (("--plain", 3), ("--head", 2)):
-        _, found = run(capsys, mode, "--model", "tiny", "--frames", "4")
-        assert len(found) == ways and next(iter(found.values())) == 1 and all(ratio > 0 for ratio in found.values())
-
-
-def test_heads_stand_beside_those_of_another_checkout(capsys, monkeypatch):
-    """Here beside themselves."""
-    run, shown = benchmark.show_probe, []
-    monkeypatch.setattr(benchmark, "show_probe", lambda flags, shape, tested, recipe, shots: shown.append(run(
-        flags, (32, 2, 64), 16, recipe._replace(steps=recipe.steps and 1), shots)))
-    folder = str(Path(benchmark.__file__).parent.parent)
-    for mode, count in (("--few", 1), ("--heads", 2)):
-        assert benchmark.main([mode, "--beside", folder, *QUICK, "--rounds", "1"]) == 0
-        output = capsys.readouterr().out
-        assert len(re.findall(r"five heads, .* x ours; accuracies differ by up to 0.00 points\n", output)) == count
-    assert benchmark.main(["--few", *QUICK]) == 1 and "give --beside DIR" in capsys.readouterr().err
+def test_token_counts_that_change_every_step_compile_no_graph_after_the_warm_up(
+        capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "WARM_UP", 20)
+    assert benchmark.main(["--graphs", "--objective", "hamiltonian", "--steps", "24"]) == 0
+    row = r"^\| hamiltonian \| (\d+) \| (\d+) \| 0 \| 0 \|$"
+    (counts, graphs), = re.findall(row, capsys.readouterr().out, re.M)
+    # One for the blocks of each of three networks and one for the losses; two where sizes were not
+    # yet known to change.
+    assert int(counts) > 20 and 4 <= int(graphs) <= 6
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -130,3 +118,34 @@ def test_decoding_stands_beside_decord_where_there_is_one(capsys, monkeypatch, t
     pytest.importorskip("decord") if there else monkeypatch.setitem(sys.modules, "decord", None)
     output, found = run(capsys, "--decode")
     assert ("pip install decord" in output) != there and len(found) == 2 * (1 + there)
+
+
+# ------------------------------------------------------------------------- one commit beside another
+
+
+def test_a_row_has_medians_and_the_median_and_range_of_ratios(capsys):
+    """The first round warms up; then old takes 4, 6, 8 and new 2, 2, 4 seconds, in turns."""
+    asked, times = [], [iter([100.0, 4.0, 6.0, 8.0]), iter([1.0, 2.0, 2.0, 4.0])]
+
+    def way(i):
+        asked.append(i)
+        return next(times[i])
+    beside.take_turns("work", [partial(way, 0), partial(way, 1)], 3)
+    assert capsys.readouterr().out == "| work | 6 s | 2 s | 2.00 (2.00 to 3.00) |\n"
+    assert asked == [1, 0, 0, 1, 1, 0, 0, 1]
+
+
+def test_each_kind_of_work_runs_and_answers_a_line_for_each_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(beside, "TINY", beside.STEP + "--batch 4 --crop 16 --patch 8")
+    monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=2))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    miniature.write_video(tmp_path / "12.mp4", 40)
+    rows = [name for name in beside.jobs(tmp_path) if not re.search("ViT-B|second|250", name)]
+    for name in rows:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("go\ngo\n"))
+        beside.serve(name, tmp_path)
+        lines = [[float(each) for each in line.split()]
+                 for line in capsys.readouterr().out.splitlines()]
+        assert len(lines) == 2 and all(spent > 0 and 10 < memory for spent, memory in lines), name
+    assert len(rows) == 4
+    assert beside.command_seconds("-c pass", tmp_path) > 0
