@@ -138,6 +138,8 @@ def test_a_row_has_medians_and_the_median_and_range_of_ratios(capsys):
 def test_each_kind_of_work_runs_and_answers_a_line_for_each_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(beside, "TINY", beside.STEP + "--batch 4 --crop 16 --patch 8")
     monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=2))
+    monkeypatch.setattr(beside, "heads", lambda recipe, shape, tested, *how, heads=beside.heads:
+                        heads(recipe, (32, 2, 64), 16, *how))
     monkeypatch.setattr(sys, "path", [*sys.path])
     miniature.write_video(tmp_path / "12.mp4", 40)
     rows = [name for name in beside.jobs(tmp_path) if not re.search("ViT-B|second|250", name)]
@@ -146,6 +148,7 @@ def test_each_kind_of_work_runs_and_answers_a_line_for_each_line(tmp_path, monke
         beside.serve(name, tmp_path)
         lines = [[float(each) for each in line.split()]
                  for line in capsys.readouterr().out.splitlines()]
-        assert len(lines) == 2 and all(spent > 0 and 10 < memory for spent, memory in lines), name
+        assert len(lines) == 2 and all(spent > 0 and 10 < memory for spent, memory, *_ in lines)
+        assert len(lines[0]) == 2 + (15 if "15" in name else 5 if "5 heads" in name else 0), name
     assert len(rows) == 4
     assert beside.command_seconds("-c pass", tmp_path) > 0
