@@ -4,9 +4,8 @@
     ... --benchmark ucf101 --root DIR                           of the clips of a benchmark
     ... --train-list A.csv --test-list B.csv                    of your own videos
 
-masks.png, features.png, motion.png and, in a run folder, curves.png. Takes the flags of probe.py.
+masks.png, features.png and motion.png. Takes the flags of probe.py.
 """
-import csv
 import io
 import itertools
 import math
@@ -25,10 +24,10 @@ from model import normalise, token_grid
 from objectives import Masking, motion_map, sample_masks
 from probe import HELD_OUT, last_level
 from synthetic import DIRECTIONS, WORLDS
+from train import plot
 
 MASKED_COLOUR = (1.0, 0.45, 0.0)
 LEFT, TOP = 110, 40  # of the pictures on masks.png and features.png: room for words
-COLOURS = ("#d62728", "#ff7f0e", "#bcbd22", "#2ca02c", "#17becf", "#1f77b4", "#9467bd", "#e377c2", "#7f7f7f", "#8c564b")
 
 
 def save_image(path, image):
@@ -131,33 +130,6 @@ def discriminant_axes(x, labels):
     return root.T @ torch.linalg.eigh(between).eigenvectors[:, -2:].flip(-1)
 
 
-def plot(panels, path, connected=False):
-    """Write panels side by side, {title: {name: (x, y)}}: points or connected lines, each panel in its own scale."""
-    side, edge = 400, 60
-    image = Image.new("RGB", (len(panels) * (side + 3 * edge), side + 2 * edge), "white")
-    draw = ImageDraw.Draw(image)
-    for i, (title, series) in enumerate(panels.items()):
-        left = edge + i * (side + 3 * edge)
-        (left_value, right_value), (low, high) = ([bound(map(bound, values)) for bound in (min, max)]
-                                                  for values in zip(*series.values()))
-        low = min(low, 0) if connected else low  # else a curve that hardly falls would seem to fall to nothing
-        draw.rectangle((left, edge, left + side, edge + side), outline="black")
-        for x, y, text in ((left, edge - 24, title), (left, edge + side + 6, f"{left_value:.3g}"),
-                           (left - 46, edge, f"{high:.3g}"), (left + side - 30, edge + side + 6, f"{right_value:.3g}"),
-                           (left - 46, edge + side - 10, f"{low:.3g}")):
-            draw.text((x, y), text, "black")
-        for j, (name, values) in enumerate(series.items()):
-            colour = COLOURS[j % len(COLOURS)]
-            points = [(left + side * (x - left_value) / max(right_value - left_value, 1e-9),
-                       edge + side * (high - y) / max(high - low, 1e-9)) for x, y in zip(*values)]
-            draw.text((left + side + 8, edge + 16 * j), name, colour)
-            if connected:
-                draw.line(points, colour, 2)
-            for x, y in [] if connected else points:
-                draw.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
-    save_image(path, image)
-
-
 def motion_picture(frozen, untrained, count):
     """Write motion.png: held-out generated clips on the two discriminant axes of the motion factor
     that their world names first, coloured by its class.
@@ -181,16 +153,8 @@ def motion_picture(frozen, untrained, count):
         points = (pooled[1] - mean) @ discriminant_axes(pooled[0] - mean, labels[0])  # (n, 2)
         panels[f"{each.about}: {factor}, first and second discriminant axis"] = {
             name: points[labels[1] == i].T.tolist() for i, name in enumerate(names)}
-    plot(panels, frozen.folder / "motion.png")
-
-
-def curves(frozen):
-    """Write curves.png: every loss of metrics.csv over steps, and feature_std."""
-    lines = list(csv.DictReader((frozen.folder / "metrics.csv").open()))
-    columns = {name: [float(line[name]) for line in lines] for name in lines[0] if name != "ema"}
-    losses = list(columns)[1:list(columns).index("total") + 1]
-    plot({f"{title} over steps": {name: (columns["step"], columns[name]) for name in names} for title, names in
-          (("losses", losses), ("feature_std", ["feature_std"]))}, frozen.folder / "curves.png", connected=True)
+    plot(panels, frozen.folder / "motion.png", size=(400, 400))
+    print(f"written to {frozen.folder}/motion.png")
 
 
 def some_clips(source, count=4):
@@ -222,8 +186,6 @@ def main(arguments=None):
         masking = Masking(**probe.load_checkpoint(flags.checkpoint)["definition"]["masking"])
     clip_pictures(frozen, untrained, clips, masking)
     motion_picture(frozen, untrained, flags.clips)
-    if (frozen.folder / "metrics.csv").exists():
-        curves(frozen)
 
 
 if __name__ == "__main__":
