@@ -70,7 +70,8 @@ def counts(text):
     return [0 if part == "all" else whole(1)(part) for part in text.split(",")]
 
 
-def make_parser():
+def parse(arguments):
+    """The command line. Flags that are wrong, or do not go together, end with argparse's words."""
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -110,36 +111,35 @@ def make_parser():
     add = parser.add_argument_group("machine").add_argument
     add("--workers", type=whole(0), default=min(8, os.cpu_count()), help="processes that read "
         "videos [%(default)s]")
-    return parser
-
-
-def parse(arguments):
-    """The command line. Flags that do not go together end with argparse's message, as wrong ones."""
-    parser = make_parser()
     flags = parser.parse_args(arguments)
+    check(flags, parser.error)
+    return flags
+
+
+def check(flags, error):
+    """Flags that do not go together."""
     own = flags.train_list or flags.test_list
     if bool(flags.checkpoint) + bool(flags.weights) + bool(flags.untrained) != 1:
-        parser.error("give one of --checkpoint, --weights and --untrained SIZE")
+        error("give one of --checkpoint, --weights and --untrained SIZE")
     if flags.weights and not flags.out:
-        parser.error("--weights needs --out DIR, a folder for features and results")
+        error("--weights needs --out DIR, a folder for features and results")
     if own and not (flags.train_list and flags.test_list):
-        parser.error("--train-list and --test-list go together")
+        error("--train-list and --test-list go together")
     if own and flags.benchmark:
-        parser.error("--benchmark and your own lists ask for different clips; give one")
+        error("--benchmark and your own lists ask for different clips; give one")
     if len(flags.blob_clips) != 2 or 0 in flags.blob_clips:
-        parser.error("--blob-clips takes two numbers, as 160,40")
+        error("--blob-clips takes two numbers, as 160,40")
     if (flags.episodes or flags.features) and not (own or flags.benchmark):
-        parser.error("--episodes and --features need --benchmark, or --train-list and --test-list")
+        error("--episodes and --features need --benchmark, or --train-list and --test-list")
     if flags.tokens and not flags.features:
-        parser.error("--tokens is for --features")
+        error("--tokens is for --features")
     if flags.root and not flags.benchmark:
-        parser.error("--root is for --benchmark")
+        error("--root is for --benchmark")
     if flags.benchmark == "blobs" and (flags.frames or flags.crop):
-        parser.error("blobs are 8 frames of 160 px: no --frames, no --crop")
+        error("blobs are 8 frames of 160 px: no --frames, no --crop")
     if flags.benchmark not in (None, "blobs") and not flags.root:
-        parser.error(f"--benchmark {flags.benchmark} needs --root DIR; "
+        error(f"--benchmark {flags.benchmark} needs --root DIR; "
                      "`python data.py --check DIR` says what belongs in there")
-    return flags
 
 
 if __name__ == "__main__":
@@ -480,75 +480,68 @@ def features_of(encoder, source, items, keep=None, workers=0, about=""):
     return tokens, means, readable
 
 
-class Clips(NamedTuple):
-    """Two sets of labelled clips, to learn from and to be tested on."""
-    sources: list  # worlds, or sources of data.py
-    items: list  # of each source
-    labels: list  # of these items: {factor: [n]}
-    few: tuple  # factors to probe with few labels
-    linear: tuple  # factors to probe with all labels
-
-
-def held_out(encoder, config, train, test):
-    """So many clips of a run's world that no run trains on."""
+def held_out(encoder, config):
+    """Two worlds like a run's, whose clips no run trains on: to learn from, and to be tested on."""
     world = WORLDS[config.get("world", "default")]
-    sources = [world(config["frames"], config["crop"], HELD_OUT + i, encoder.video.device)
-               for i in range(2)]
-    items = range(train), range(test)
-    labels = [source.factors(some) for source, some in zip(sources, items)]
-    return Clips(sources, [*items], labels, world.few, world.linear)
+    return [world(config["frames"], config["crop"], HELD_OUT + i, encoder.video.device)
+            for i in range(2)]
 
 
-def of_sources(sources, train, test):
-    """At most so many clips of two labelled sources, evenly spread; the one factor is "class"."""
-    items, labels = [], []
-    for source, most in zip(sources, (train, test)):
-        rows = torch.linspace(0, len(source) - 1, min(most, len(source))).long()
-        items.append(rows.tolist())
-        labels.append({"class": torch.tensor(source.labels)[rows]})
-    return Clips(sources, items, labels, ("class",), ("class",))
+def spread(source, most):
+    """At most so many items of a source, evenly spread."""
+    return range(0, len(source), max(1, len(source) // most))[:most]
 
 
-def probe_clips(encoder, clips, seeds, shots=(LABELS,), about="the encoder", workers=0):
+def factors(source, items):
+    """What is known of these clips: {factor: labels [n]}. Sources of data.py have one, "class"."""
+    if isinstance(source, World):
+        return source.factors(items)
+    return {"class": torch.tensor(source.labels)[items]}
+
+
+def probe_clips(encoder, sources, items, seeds, shots, about, linear=None, workers=0):
     """What clips tell of an encoder, top-1 %: {k: {factor: [of each seed]}, "linear": {factor: %}}.
 
-    k: attentive heads on all tokens, from k labelled clips per class (0, named "all": from all).
-    "linear": a linear head on the mean of the tokens, from all clips.
+    sources, items: a world or a labelled source to learn from and one to be tested on, and which
+    of their clips. k: attentive heads on all tokens, from k labelled clips per class (0, named
+    "all": from all). "linear": a linear head on the mean of the tokens, from all clips.
     """
+    labels = [factors(*each) for each in zip(sources, items)]
+    few = getattr(sources[0], "few", ["class"])
+    if linear is None:
+        linear = getattr(sources[0], "linear", few)
     drawn = None  # the clips that few-label heads learn from; any, where some cannot be read
-    if isinstance(clips.sources[0], World) and 0 not in shots:
-        drawn = torch.stack([draw_shots(clips.labels[0][factor], max(shots), seed) >= 0
-                             for factor in clips.few for seed in seeds]).any(0)
-    tokens, pooled = {}, {}
-    for part, keep in ((0, drawn), (1, None)):
-        some, means, readable = features_of(encoder, clips.sources[part], clips.items[part], keep,
-                                            workers, about)
-        for factor, labels in clips.labels[part].items():
-            labels = labels.where(readable, -1)
-            tokens.setdefault(factor, []).append(Labelled(some, labels))
-            pooled.setdefault(factor, []).append(Labelled(means, labels))
+    if isinstance(sources[0], World) and 0 not in shots:
+        drawn = torch.stack([draw_shots(labels[0][factor], max(shots), seed) >= 0
+                             for factor in few for seed in seeds]).any(0)
+    sets = [features_of(encoder, *each, workers, about)
+            for each in zip(sources, items, (drawn, None))]
+
+    def labelled(kind, factor):
+        return [Labelled(features[kind], known[factor].where(features[2], -1))
+                for features, known in zip(sets, labels)]
 
     device, found = encoder.video.device, {}
     for k in shots:
         found[str(k or "all")] = {
-            factor: accuracies(FEW, *tokens[factor], seeds, device, k, f"{about}: {factor}")
-            for factor in clips.few}
+            factor: accuracies(FEW, *labelled(0, factor), seeds, device, k, f"{about}: {factor}")
+            for factor in few}
     found["linear"] = {
-        factor: accuracies(LINEAR, *pooled[factor], seeds[:1], device, 0, f"linear: {factor}")[0]
-        for factor in clips.linear}
+        factor: accuracies(LINEAR, *labelled(1, factor), seeds[:1], device)[0] for factor in linear}
     return found
 
 
 def probe_shapes(encoder, config, count, seed=0, shots=(LABELS,), about="the encoder"):
     """`probe_clips` of `count` clips of a run's world, tested on a third as many."""
-    clips = held_out(encoder, config, count, max(1, count // 3))
-    return probe_clips(encoder, clips, range(seed, seed + DRAWS), shots, about)
+    items = range(count), range(max(1, count // 3))
+    return probe_clips(encoder, held_out(encoder, config), items, range(seed, seed + DRAWS), shots,
+                       about)
 
 
 def probe_own(encoder, sources, about="the encoder", count=2304, workers=0):
     """`probe_clips` of at most `count` clips of your own, tested on a third as many."""
-    clips = of_sources(sources, count, count // 3)
-    return probe_clips(encoder, clips, range(DRAWS), about=about, workers=workers)
+    items = spread(sources[0], count), spread(sources[1], count // 3)
+    return probe_clips(encoder, sources, items, range(DRAWS), [LABELS], about, None, workers)
 
 
 def along(encoder, config, sources=None):
@@ -558,17 +551,16 @@ def along(encoder, config, sources=None):
     trains on or, if given, labelled sources (train, test). It takes about a second, and leaves the
     random numbers of the run alone.
     """
+    items = [range(ALONG_TRAIN), range(ALONG_TEST)]
     if sources:
-        clips = of_sources(sources, len(sources[0]), ALONG_TEST)
+        items = [range(len(sources[0])), spread(sources[1], ALONG_TEST)]
     else:
-        clips = held_out(encoder, config, ALONG_TRAIN, ALONG_TEST)
+        sources = held_out(encoder, config)
     # Only clips with a label for the finest factor are looked at; the others draw from these.
-    finest = max(clips.few, key=lambda factor: clips.labels[0][factor].max())
-    drawn = (draw_shots(clips.labels[0][finest], LABELS, 0) >= 0).nonzero().squeeze(1)
-    clips.items[0] = [clips.items[0][i] for i in drawn]
-    clips.labels[0] = {name: labels[drawn] for name, labels in clips.labels[0].items()}
-    found = probe_clips(encoder, clips._replace(linear=()), [0])[str(LABELS)]
-    return {factor: values[0] for factor, values in found.items()}
+    finest = max(factors(sources[0], items[0]).values(), key=torch.Tensor.max)
+    items[0] = (draw_shots(finest, LABELS, 0) >= 0).nonzero().squeeze(1).tolist()
+    found = probe_clips(encoder, sources, items, [0], [LABELS], "the probe", linear=())
+    return {factor: values[0] for factor, values in found[str(LABELS)].items()}
 
 
 def show(rows, count, chance):
@@ -603,16 +595,15 @@ def show_own(rows, sources, count=2304):
     print(f"\nTop-1 % on {exam:,} of your clips, held out; one training seed; "
           f"± over {DRAWS} draws")
     show(rows, learn, {"class": 100 / len({*sources[0].labels, *sources[1].labels})})
-    print(too_few(sources[0].labels, LABELS))
+    print(too_few(torch.tensor(sources[0].labels), LABELS).strip())
 
 
 def too_few(labels, k):
-    """How many classes have fewer than k clips to learn from, in words; else nothing."""
-    counts = np.unique(labels, return_counts=True)[1]
-    if min(counts) >= k:
+    """How many classes have fewer than k clips to learn from, in brackets; else nothing."""
+    clips = np.unique(labels[labels >= 0], return_counts=True)[1]
+    if min(clips) >= k:
         return ""
-    return (f"{(counts < k).sum()} of {len(counts)} classes have fewer clips to learn from than "
-            f"that, down to {min(counts)}")
+    return f" ({(clips < k).sum()} of {len(clips)} classes have fewer labels, down to {min(clips)})"
 
 
 # ------------------------------------------------------------------- sources, features in a file
@@ -782,55 +773,44 @@ def episode_accuracies(train, test, way, shot, episodes, seed):
 
 
 def measure(recipe, train, test, flags, device, clips):
-    """What the command line asks for: {measurement: {"values": [%], "how": {...}}}. Those with
-    equal "how", which ends with hashes of labels and clips, used the same draws of the same clips
-    and can be compared in pairs."""
-    found, jobs, pooled = {}, [(recipe, 0)], None
-    if flags.shots or flags.episodes:
-        jobs, pooled = [], (train.pool(), test.pool())
+    """Print what the command line asks for: {measurement: {"values": [%], "how": {...}}}. Those
+    with equal "how", which ends with hashes of labels and clips, used the same draws of the same
+    clips and can be compared in pairs."""
+    same = {"labels": fingerprint(train.labels, test.labels), "clips": clips}
+    found, pooled = {}, (train.pool(), test.pool()) if flags.shots or flags.episodes else None
+
+    def add(name, values, how):
+        found[name] = {"values": values, "how": {**how, **same}}
+        line = f"    {name:<36} top-1 {np.mean(values):6.2f}"
+        if len(values) > 1:
+            line += f" ± {np.std(values, ddof=1):.2f} over {len(values)}"
+        print(line + too_few(train.labels, how.get("k", 0)), flush=True)
+
     if flags.episodes:
         for shot in (1, 5):
             how = dict(way=flags.way, shot=shot, episodes=flags.episodes, seed=flags.seed)
-            name = f"{flags.way}-way {shot}-shot episodes"
-            found[name] = episode_accuracies(*pooled, **how), how
+            add(f"{flags.way}-way {shot}-shot episodes", episode_accuracies(*pooled, **how), how)
+    jobs = [] if pooled else [(recipe, 0)]
     for k in flags.shots or []:  # both heads; 0: all labels
-        if k:
-            jobs += [(FEW, k), (FEW._replace(head="standardised", pooled=True), k)]
-        else:
-            attentive = recipe if recipe.head == "attentive" else BENCHMARKS["diving48"]
-            jobs += [(attentive, 0), (LINEAR, 0)]
-
+        attentive = recipe if recipe.head == "attentive" else BENCHMARKS["diving48"]
+        few = FEW, FEW._replace(head="standardised", pooled=True)
+        jobs += [(each, k) for each in (few if k else (attentive, LINEAR))]
     for each, k in jobs:
         if each.epochs and flags.probe_epochs:
             each = each._replace(epochs=flags.probe_epochs)
-        name = f"{k or 'all'} labels, {each.head} head"
         seeds = [*range(flags.seed, flags.seed + (DRAWS if k else flags.seeds))]
         how = {**each._asdict(), "k": k, "seeds": seeds}
         if len(seeds) > 1 and not k:
-            how["order"] = seeds[0]  # of clips: all heads share it
+            how["order"] = flags.seed  # of clips: all heads share it
         sets = pooled if pooled and each.pooled else (train, test)
-        found[name] = accuracies(each, *sets, seeds, device, k, name), how
-    same = {"labels": fingerprint(train.labels, test.labels), "clips": clips}
-    return {name: {"values": values, "how": {**how, **same}}
-            for name, (values, how) in found.items()}
-
-
-def print_measurements(measurements, labels):
-    """A line for each: mean and spread of its values, and whether classes lack labelled clips."""
-    for label, found in measurements.items():
-        values = found["values"]
-        line = f"    {label:<36} top-1 {np.mean(values):6.2f}"
-        if len(values) > 1:
-            line += f" ± {np.std(values, ddof=1):.2f} over {len(values)}"
-        fewer = too_few(labels, found["how"].get("k", 0))
-        if fewer:
-            line += f" ({fewer})"
-        print(line, flush=True)
+        name = f"{k or 'all'} labels, {each.head} head"
+        add(name, accuracies(each, *sets, seeds, device, k, name), how)
+    return found
 
 
 def evaluate(frozen, name, sources, flags):
-    """Measure what the command line asks for, print it, and write it to results-NAME.json in the
-    encoder's folder. Other measurements that this file holds of the same encoder and clips stay."""
+    """Measure what the command line asks for, and write it to results-NAME.json in the encoder's
+    folder. Other measurements that this file holds of the same encoder and clips stay."""
     recipe = BENCHMARKS["diving48" if flags.train_list else flags.benchmark or "blobs"]
     if frozen.about.startswith("untrained"):
         name += "-untrained"
@@ -841,13 +821,12 @@ def evaluate(frozen, name, sources, flags):
     (train, about_train), (test, about_test) = [
         extract(frozen, source, f"{name}-{split}", recipe.pooled, flags.workers)
         for split, source in zip(("train", "test"), sources)]
-    clips = fingerprint(about_train["source"], about_test["source"])
-    measurements = measure(recipe, train, test, flags, frozen.encoder.video.device, clips)
     classes = len({*train.labels.tolist(), *test.labels.tolist()} - {-1})
     chance = 100 / (flags.way if flags.episodes else classes)
     print(f"{frozen.about}, {name}: {about_train['clips']:,} clips to learn from, "
           f"{about_test['clips']:,} to be tested on, {classes} classes, chance {chance:.1f}")
-    print_measurements(measurements, train.labels[train.labels >= 0])
+    clips = fingerprint(about_train["source"], about_test["source"])
+    measurements = measure(recipe, train, test, flags, frozen.encoder.video.device, clips)
 
     what = {"benchmark": name, "encoder": frozen.about,
             "checkpoint": flags.weights or flags.checkpoint,

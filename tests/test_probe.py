@@ -513,7 +513,7 @@ def test_the_table_of_your_own_clips_stands_beside_chance_and_says_where_labels_
     assert columns.split() == ["class", "class"]
     assert row.split() == "trained 30.0 ± 15.8 61.2".split()
     assert chance.split() == "chance 12.5 12.5".split()
-    assert note == "8 of 8 classes have fewer clips to learn from than that, down to 3"
+    assert note == "(8 of 8 classes have fewer labels, down to 3)"
 
 
 # ----------------------------------------------------------------------------------------------- features in files
@@ -675,7 +675,7 @@ def test_the_same_clips_for_training_and_test_and_classes_that_lack_labels_are_t
     flags = ["--checkpoint", make_checkpoint(tmp_path / "run"), "--benchmark=blobs", *LOADERLESS]
     assert probe.main([*flags, "--blob-clips=12,8", "--shots=1,2"]) == 0
     output = capsys.readouterr().out
-    note = "(4 of 8 classes have fewer clips to learn from than that, down to 1)"
+    note = "(4 of 8 classes have fewer labels, down to 1)"
     assert [note in line for line in output.splitlines() if "top-1" in line] == [False] * 2 + [True] * 2
 
 
