@@ -1,9 +1,11 @@
-"""Clips for training and evaluation: decoding, windows, resizing, batches, your own lists, four public datasets.
+"""Clips for training and evaluation: decoding, windows and crops, batches, your own lists, four
+public datasets; at the end what all commands share.
 
-    python data.py --check DIR    which of the four datasets are in DIR, what is broken, what you can train on
+    python data.py --check DIR    what is in DIR, what of it is broken, how to train on it
     python data.py --write DIR    generated clips as videos, with a list `videos.csv`
 
-Nothing here knows the method. Clips stay uint8 until `model.normalise`: workers hand over a quarter of the bytes.
+Nothing here knows the method. Clips for training stay uint8 until `model.normalise`: workers hand
+over a quarter of the bytes.
 """
 import argparse
 import atexit
@@ -12,6 +14,7 @@ import fcntl
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -19,31 +22,35 @@ import shlex
 import signal
 import sys
 import tempfile
+import zlib
 from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
-from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
 from tqdm import tqdm
 
 from synthetic import Blobs, Shapes
 
-# What is opened: demuxers, none of which follows other files, and images, with the suffixes of their files.
-VIDEO_FORMATS = {"mov": ".mp4 .m4v .mov .3gp .3g2", "matroska": ".mkv .webm", "avi": ".avi", "mpeg": ".mpg .mpeg .vob",
-                 "mpegts": ".ts .mts .m2ts", "ogg": ".ogv", "flv": ".flv .f4v", "asf": ".wmv .asf", "gif": ".gif",
-                 "h264": ".h264"}
+# ---------------------------------------------------------------------------------------- decoding
+
+# What is opened: demuxers, none of which follows other files, with the suffixes of their files.
+VIDEO_FORMATS = {
+    "mov": ".mp4 .m4v .mov .3gp .3g2", "matroska": ".mkv .webm", "avi": ".avi",
+    "mpeg": ".mpg .mpeg .vob", "mpegts": ".ts .mts .m2ts", "ogg": ".ogv", "flv": ".flv .f4v",
+    "asf": ".wmv .asf", "gif": ".gif", "h264": ".h264"}
 VIDEOS = " ".join(VIDEO_FORMATS.values()).split()
-IMAGE_FORMATS = ["JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP"]  # for others Pillow would start Ghostscript
+IMAGE_FORMATS = "JPEG PNG BMP PPM TIFF WEBP".split()  # for others Pillow starts Ghostscript
 IMAGES = ".jpg .jpeg .png .bmp .ppm .pgm .tif .tiff .webp".split()
 MOST_PIXELS = 7680 * 4320  # of a frame: a small file can hold huge ones
 
-# ------------------------------------------------------------------------------------------------------- decoding
-
-# What was read of a file: frames, uint8 [T, H, W, 3], RGB; and of the whole file their number, and how many a second.
+# Frames that were chosen, uint8 [T, H, W, 3], RGB; and of the whole file the number of its frames,
+# and how many it shows a second.
 Video = namedtuple("Video", "frames count rate")
+Packet = namedtuple("Packet", "pts dts is_key is_cut size")  # is_cut: not to be shown
 
 
 class Unreadable(Exception):
@@ -55,34 +62,38 @@ class Unreadable(Exception):
 
 
 def read_video(path, choose):
-    """Read frames of a video by number: `choose(count, rate)` is told its size and returns the numbers, ascending.
+    """Read frames of a video by number: `choose(count, rate)` is told its size and returns the
+    numbers, ascending.
 
-    Frame i is the i-th shown, however long each lasts. One pass without decoding counts them, since many containers
-    give no number or a wrong one; then comes one seek, to the last key frame before the first frame chosen. That trusts
-    the container's times and key frames; where the decoder disagrees, frames are counted by decoding from the start.
+    Frame i is the i-th that decoding from the start shows, however long each lasts. Frames are
+    turned and mirrored as players do it; pixels that are not square are not stretched. One pass
+    without decoding lists the packets. Where their times can be believed, frames are found by
+    time, after one seek to the last key frame before them; else by number.
     Raises Unreadable for a file that is missing, broken, or without the frames chosen.
     """
     import av  # only where a video is opened: all else runs without it
+    found, chosen = {}, None
     try:
         with open_video(path) as (container, stream):
-            packets = [(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
-                       for packet in container.demux(stream) if packet.size and not packet.is_corrupt]
-            known = sorted(time for time, _, _, cut_away in packets if time is not None and not cut_away)
-            times = known if trusted(packets, stream) else []
-            count, duration = len(times), (known[-1] - known[0]) * stream.time_base if known else 0
-            measured = duration and (times or not stream.average_rate)
-            rate = float((len(known) - 1) / duration if measured else stream.average_rate or 1)
+            packets = [Packet(each.pts, each.dts, each.is_keyframe, each.is_discard, each.size)
+                       for each in container.demux(stream) if each.size and not each.is_corrupt]
+            if container.format.name == "gif" and stream.frames > len(packets):
+                raise Unreadable(path, f"of its {stream.frames} frames only {len(packets)} can be "
+                                       "told apart; save it again, as .mp4 for instance")
+            rate = frame_rate(packets, stream)
+            times = shown_times(packets, container, stream)
             if times:
+                count = len(times)
                 chosen = choose(count, rate)
-                start = max(time for time, _, is_key, _ in packets if is_key and time <= times[chosen[0]])
-                found = decode_by_time(container, stream, start, {times[i]: i for i in chosen})
-        if not times or len(found) < len(set(chosen)):
-            count = count_from_start(path, os.path.getsize(path), os.stat(path).st_mtime_ns)
+                found = find_by_time(container, stream, packets, {times[i]: i for i in chosen})
+        if chosen is None or len(found) < len(set(chosen)):
+            status = os.stat(path)
+            pictures, keys = decode_all(path, status.st_size, status.st_mtime_ns)
+            count = len(pictures)
             if not count:
                 raise Unreadable(path, "no frame of it can be decoded")
             chosen = choose(count, rate)
-            frames = itertools.takewhile(bool, itertools.islice(from_start(path), max(chosen) + 1))
-            found = {i: upright(frame) for i, frame in enumerate(frames) if i in chosen}
+            found = find_by_number(path, packets, pictures, keys, chosen)
     except (av.FFmpegError, ValueError) as error:
         raise Unreadable(path, error) from None
     for i in chosen:
@@ -95,14 +106,20 @@ def read_video(path, choose):
 
 @contextlib.contextmanager
 def open_video(path):
-    """The file as a PyAV container and its video stream. Raises Unreadable where it has none that can be read."""
+    """The file as a PyAV container and its video stream. Raises Unreadable where it has none."""
     import av
     if not Path(path).is_file():  # a pipe would be waited for
         raise Unreadable(path, "Is a directory" if Path(path).is_dir() else "No such file")
-    limits = {"format_whitelist": ",".join(VIDEO_FORMATS), "max_pixels": str(MOST_PIXELS)}  # opening decodes, too
-    # The prefix keeps it from taking a colon in a name for a protocol.
-    with av.open(f"file:{path}", metadata_errors="replace", options=limits) as container:
-        streams = [stream for stream in container.streams.video  # a song's cover is an attached picture
+    limit = str(MOST_PIXELS)
+    options = {"format_whitelist": ",".join(VIDEO_FORMATS), "max_pixels": limit}
+    try:
+        # The prefix keeps it from taking a colon in a name for a protocol.
+        container = av.open(f"file:{path}", metadata_errors="replace", options=options)
+    except av.ArgumentError:
+        raise Unreadable(path, "its format is none of those that are opened: "
+                               f"{', '.join(VIDEO_FORMATS)}") from None
+    with container:
+        streams = [stream for stream in container.streams.video  # a song's cover is a picture
                    if not stream.disposition & av.stream.Disposition.attached_pic]
         if not streams:
             raise Unreadable(path, "it holds no video")
@@ -113,86 +130,164 @@ def open_video(path):
             raise Unreadable(path, "no decoder knows its video")
         if context.width * context.height > MOST_PIXELS:
             raise Unreadable(path, f"a frame has more than {MOST_PIXELS:,} pixels")
-        context.options = {"max_pixels": str(MOST_PIXELS)}  # where the size changes later
+        context.options = {"max_pixels": limit}  # where the size changes later
         context.thread_count = 1  # the loader's workers are what runs in parallel
         yield container, stream
 
 
-def trusted(packets, stream):
-    """Whether a container's times can be the identity and order of its frames, by its packets (pts, dts, key, cut)."""
-    times, decoded = [packet[0] for packet in packets], [packet[1] for packet in packets if packet[1] is not None]
+def frame_rate(packets, stream):
+    """Frames a second: by the usual distance of neighbours in time, so a pause does not count."""
+    distances = np.diff(sorted(each.pts for each in packets if each.pts is not None))
+    distances = distances[distances > 0]
+    if not len(distances):
+        return float(stream.average_rate or 1)
+    median = np.median(distances)
+    usual = distances[abs(distances - median) <= median / 4].mean()  # whole ticks: 67, 67, 66, ...
+    return float(1 / (usual * stream.time_base))
+
+
+def shown_times(packets, container, stream):
+    """When each frame is shown, ascending; nothing where the container cannot be believed."""
+    times = [each.pts for each in packets]
+    decoded = [each.dts for each in packets if each.dts is not None]
     if not packets or None in times or len(set(times)) < len(times) or decoded != sorted(decoded):
-        return False  # missing, equal, or the clock starts again
-    in_order = times == sorted(times)  # though frames are stored out of order: these are times of decoding
-    return packets[0][2] and times[0] == min(times) and not (in_order and stream.codec_context.has_b_frames)
+        return []  # missing, equal, or the clock starts again
+    if not packets[0].is_key or times[0] > min(times):
+        return []
+    # Frames are stored out of order, yet these are times of decoding.
+    if times == sorted(times) and stream.codec_context.has_b_frames:
+        return []
+    if guesses_times(container, stream, packets):
+        return []
+    return sorted(each.pts for each in packets if not each.is_cut)
 
 
-def decode_by_time(container, stream, start, chosen):
-    """Decode from the key frame at `start` the frames chosen, {time: number}: {number: RGB picture}.
+def guesses_times(container, stream, packets):
+    """Whether packets need not be frames in order: AVI stores no times, so its demuxer guesses.
 
-    Fewer where the decoder disagrees with the container: frames do not ascend in time, or begin with no key frame.
+    The codec may show frames in another order (two of them can even lie in one packet), which some
+    decoders find out late; and a packet of a few bytes may say that there is no frame.
     """
-    import av
-    context, awaited, found, last = stream.codec_context, set(chosen), {}, None
-    with contextlib.suppress(av.FFmpegError):  # of the seek, or a damaged frame: counting from the start says which
-        container.seek(start, stream=stream)
-        context.open(strict=False)  # some decoders would keep to the first skip_frame that they see
-        for packet in container.demux(stream):
-            if not packet.size and packet.dts is not None:
-                continue  # an empty packet repeats the frame before
-            # A frame that nobody asked for, and that no other frame refers to, need not be decoded.
-            context.skip_frame = "DEFAULT" if packet.pts in chosen else "NONREF"
-            frames = context.decode(packet)
-            awaited.discard(packet.pts)
-            if not awaited:
-                frames += context.decode(None)  # those that the decoder still holds back
-            for frame in frames:
-                agrees = frame.key_frame if last is None else frame.pts is not None and frame.pts > last
-                if frame.is_corrupt or not agrees:
-                    return found
-                last = frame.pts
-                if frame.pts in chosen:
-                    found[chosen[frame.pts]] = upright(frame)
-            if not awaited:
-                break
-    return found
+    return container.format.name == "avi" and (
+        stream.codec_context.has_b_frames or min(each.size for each in packets) < 10)
 
 
-def from_start(path):
-    """Every frame of a video in the decoder's order, from the first good key frame on; None for a damaged one."""
-    import av
-    with open_video(path) as (container, stream):
-        begun = cut_away = False
-        for packet in container.demux(stream):
-            if not packet.size and packet.dts is not None:
-                continue
-            cut_away = cut_away or packet.is_discard  # the key frame too, perhaps
-            frames = [None]
-            with contextlib.suppress(av.FFmpegError):
-                frames = stream.codec_context.decode(packet)
-            for frame in frames:
-                good = frame is not None and not frame.is_corrupt
-                begun = begun or good and (frame.key_frame or cut_away)
-                if begun:
-                    yield frame if good else None
+def find_by_time(container, stream, packets, numbers):
+    """Frames chosen as {time: number}: {number: RGB picture}, fewer where the decoder disagrees
+    with the container."""
+    first = min(numbers)
+    _, start = max((each.pts, each.dts) for each in packets if each.is_key and each.pts <= first)
+    # All other formats are sought by time of decoding, and behind that lies another key frame.
+    if start is None or container.format.name.startswith(("mov", "matroska")):
+        start = first
+    found, last = {}, None
+    for frame in decode(container, stream, start, numbers):
+        if frame is None or frame.pts is None or last is not None and frame.pts <= last:
+            break
+        last = frame.pts
+        if frame.pts in numbers:
+            found[numbers[frame.pts]] = upright(frame)
+    return {} if guesses_times(container, stream, packets) else found
 
 
 @functools.lru_cache(maxsize=None)
-def count_from_start(path, size, modified):
-    """How many frames decoding finds, to the last good one. It is remembered while size and modified are the same."""
-    return max((i + 1 for i, frame in enumerate(from_start(path)) if frame), default=0)
+def decode_all(path, size, modified):
+    """Decode a whole file: a checksum of each picture to the last good one (-1: damaged), and the
+    numbers of key frames. It is remembered while size and time stay the same."""
+    sums, keys = [], []
+    with open_video(path) as opened:
+        for i, frame in enumerate(decode(*opened)):
+            sums.append(zlib.crc32(upright(frame)) if frame else -1)
+            if frame and frame.key_frame:
+                keys.append(i)
+    while sums and sums[-1] == -1:
+        sums.pop()
+    return np.array(sums), keys
+
+
+def find_by_number(path, packets, sums, keys, chosen):
+    """Frames counted from the key frame before them, {number: RGB picture}: the n-th that decoding
+    showed is taken for the n-th packet called so. Where a picture then differs from the one that
+    decoding from the start showed under its number, they are decoded from the start."""
+    starts = [each.dts for each in packets if each.is_key and not each.is_cut]
+    before = sum(key <= chosen[0] for key in keys)
+    places = [(0, None)]
+    if before and len(starts) == len(keys):
+        places.insert(0, (keys[before - 1], starts[before - 1]))
+    for number, start in places:
+        with open_video(path) as opened:
+            frames = itertools.islice(decode(*opened, start), chosen[-1] - number + 1)
+            good = enumerate(itertools.takewhile(bool, frames), start=number)
+            found = {i: upright(frame) for i, frame in good if i in chosen}
+        if all(i in found and zlib.crc32(found[i]) == sums[i] for i in chosen):
+            break
+    return found
+
+
+def decode(container, stream, start=None, times=()):
+    """Frames in the order in which they are shown, None for a damaged one: from the start, or from
+    where a seek to the time `start` leads.
+
+    The first is a key frame, or that of a file which begins with one by its container's word (not
+    all decoders mark key frames, and a file cut by copying does not show its first). With times,
+    frames that are neither needed nor asked for may be left out, and it ends after the last.
+    """
+    import av
+    context, awaited = stream.codec_context, set(times)
+    if start is not None:
+        with contextlib.suppress(av.FFmpegError):
+            container.seek(start, stream=stream)
+    context.open(strict=False)  # some decoders would keep to the first skip_frame that they see
+    begun = clean = None
+    for packet in container.demux(stream):
+        if not packet.size and packet.dts is not None:
+            continue  # an empty packet repeats the frame before
+        if clean is None:
+            clean = packet.is_keyframe and (start is None or packet.is_discard)
+        if times and packet.pts not in times:
+            context.skip_frame = "NONREF"  # no other frame refers to it
+        elif times:
+            context.skip_frame = "DEFAULT"
+        try:
+            frames = context.decode(packet)
+            awaited.discard(packet.pts)
+            if times and not awaited:
+                frames += context.decode(None)  # those that the decoder still holds back
+        except av.FFmpegError:
+            frames = [None]
+        for frame in frames:
+            good = frame is not None and not frame.is_corrupt
+            begun = begun or good and (clean or frame.key_frame)
+            clean = clean and good
+            if begun:
+                yield frame if good else None
+        if times and not awaited:
+            return
 
 
 def upright(frame):
-    """A decoded frame as uint8 [H, W, 3], RGB, turned as its rotation metadata says (mirroring is not undone)."""
-    return np.rot90(frame.to_ndarray(format="rgb24", threads=1), frame.rotation // 90)
+    """A decoded frame as uint8 [H, W, 3], RGB, mirrored and turned by quarters as its display
+    matrix says."""
+    picture = frame.to_ndarray(format="rgb24", threads=1)
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5] / 65536  # x' = ax + cy, y' = bx + dy
+        if a * d < b * c:
+            picture, a, b = picture[:, ::-1], -a, -b
+        picture = np.rot90(picture, -round(math.atan2(b, a) / (math.pi / 2)))
+    return np.ascontiguousarray(picture)
+
+
+def is_image(path):
+    return Path(path).suffix.lower() in IMAGES
 
 
 def read_image(path):
     """Read an image: uint8 [H, W, 3], RGB. Raises Unreadable for a file that is missing or broken.
 
-    Grey becomes three equal channels, CMYK and palettes are converted, transparency is dropped, of 16 bits the upper
-    eight stay, of an animation the first picture; EXIF orientation is left alone, as everywhere with ImageNet.
+    Grey becomes three equal channels, CMYK and palettes are converted, transparency is dropped, of
+    16 bits the upper eight stay, of an animation the first picture; EXIF orientation is left alone,
+    as everywhere with ImageNet.
     """
     try:
         if not Path(path).is_file():
@@ -209,18 +304,19 @@ def read_image(path):
         raise Unreadable(path, error) from None
 
 
-# ---------------------------------------------------------------------------------------------- windows and sources
+# ------------------------------------------------------------------------------- windows and crops
 
-CLEAN_BLOBS = 10_042  # evaluation clips from this seed on share no background, disc or start with a training clip
+AREA, RATIO = (0.3, 1.0), (0.75, 1.35)  # of a training crop: share of the picture, width / height
 
 
 def spread(start, length, count):
-    """floor(linspace(start, start + length, count)) as a list, computed in whole numbers: nothing is rounded."""
+    """floor(linspace(start, start + length, count)) as a list, in whole numbers: nothing rounds."""
     return [start + i * length // max(count - 1, 1) for i in range(count)]
 
 
 def window(n, frames, step, generator):
-    """Frame numbers of a random window of L = frames * step frames in a video of n, which starts at 0 to n - L - 1.
+    """Frame numbers of a random window of L = frames * step frames in a video of n frames, which
+    starts at 0 to n - L - 1.
 
     A video no longer than L gives floor(linspace(0, n, n // step)), the last repeated.
     """
@@ -233,29 +329,44 @@ def window(n, frames, step, generator):
 
 
 def fps_step(rate, fps):
-    """The frame step ceil(rate) // fps, at least 1. Rates are measured, so rounded to a tenth: 15.0016 is 15."""
+    """The frame step ceil(rate) // fps, at least 1. Rates are measured, so rounded to a tenth:
+    15.0016 is 15."""
     return max(1, int(np.ceil(round(rate, 1))) // fps)
 
 
 def evaluation_window(n, frames):
-    """Frame numbers spread evenly over a video of n frames; one shorter than the clip repeats its last frame."""
+    """Frame numbers spread evenly over a video of n frames; a short one repeats its last frame."""
     return spread(0, n - 1, frames) if n >= frames else list(range(n)) + [n - 1] * (frames - n)
 
 
+def random_crop(height, width, generator):
+    """A random part of a picture: (top, left, height, width). The numbers are those that
+    torchvision's RandomResizedCrop draws; importing it would take seconds."""
+    def uniform(low, high):
+        return torch.empty(1).uniform_(low, high, generator=generator)
+
+    for _ in range(10):
+        area = height * width * uniform(*AREA).item()
+        ratio = torch.exp(uniform(*torch.log(torch.tensor(RATIO)))).item()
+        tall, wide = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < tall <= height and 0 < wide <= width:
+            top = torch.randint(height - tall + 1, (1,), generator=generator).item()
+            left = torch.randint(width - wide + 1, (1,), generator=generator).item()
+            return top, left, tall, wide
+    tall, wide = min(height, round(width / RATIO[0])), min(width, round(height * RATIO[1]))
+    return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+
 def resize(pictures, size):
-    """uint8 [T, 3, H, W] -> uint8 [T, 3, *size]: bilinear in float, rounded once, not antialiased, as in the study."""
-    return torch.nn.functional.interpolate(pictures.float(), size, mode="bilinear").round().to(torch.uint8)
-
-
-def is_image(path):
-    return Path(path).suffix.lower() in IMAGES
+    """[T, 3, H, W] -> float32 [T, 3, *size]: bilinear, not antialiased, as in the paper's code."""
+    return interpolate(pictures.float(), size, mode="bilinear")
 
 
 class Clips:
     """Clips of video and image files; an image stands still for all of a clip.
 
-    labels: whole numbers from 0, one for each path, or None. step: frames of the video from one frame of a clip to the
-    next; fps, if not 0, sets it by each video's average rate.
+    labels: whole numbers from 0, one for each path, or None. step: frames of the video from one
+    frame of a clip to the next; fps, if not 0, sets it by each video's rate.
     """
 
     def __init__(self, paths, labels, frames, crop, step=1, fps=0, name="videos"):
@@ -266,7 +377,8 @@ class Clips:
         return len(self.paths)
 
     def read(self, item, choose):
-        """The frames chosen of one file, of an image the only one: uint8 [T or 1, 3, H, W]. Raises Unreadable."""
+        """The frames chosen of one file, of an image the only one: uint8 [T or 1, 3, H, W].
+        Raises Unreadable."""
         path = self.paths[item]
         frames = read_image(path)[None] if is_image(path) else read_video(path, choose).frames
         return torch.from_numpy(frames).permute(0, 3, 1, 2)
@@ -274,47 +386,59 @@ class Clips:
     def clip(self, item, generator):
         """A random window, crop and flip: uint8 [3, T, crop, crop]."""
         def choose(count, rate):
-            return window(count, self.frames, fps_step(rate, self.fps) if self.fps else self.step, generator)
+            step = fps_step(rate, self.fps) if self.fps else self.step
+            return window(count, self.frames, step, generator)
 
         pictures = self.read(item, choose)
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-            torch.default_generator.manual_seed(torch.randint(2 ** 62, (), generator=generator).item())
-            top, left, height, width = RandomResizedCrop.get_params(pictures, scale=(0.3, 1.0), ratio=(0.75, 1.35))
-            flip = torch.rand(()) < 0.5
-        pictures = resize(pictures[..., top:top + height, left:left + width], (self.crop, self.crop))
-        return self.finish(pictures.flip(-1) if flip else pictures)
+        draw = torch.Generator().manual_seed(torch.randint(2 ** 62, (), generator=generator).item())
+        top, left, height, width = random_crop(*pictures.shape[-2:], draw)
+        pictures = pictures[..., top:top + height, left:left + width]
+        pictures = resize(pictures, (self.crop, self.crop)).round().to(torch.uint8)
+        if torch.rand((), generator=draw) < 0.5:
+            pictures = pictures.flip(-1)
+        return self.finish(pictures)
 
     def evaluation_clip(self, item):
-        """Frames from all of a video, its short side resized to the crop, its centre: uint8 [3, T, crop, crop]."""
+        """Frames from all of a video, its short side resized to the crop, its centre: float32
+        [3, T, crop, crop], 0 to 255. Pixels of videos stay unrounded, as in the paper's code."""
         pictures = self.read(item, lambda count, rate: evaluation_window(count, self.frames))
+        sides = pictures.shape[-2:]
+        size = [self.crop * side // min(sides) for side in sides]
         if is_image(self.paths[item]):  # as usual with ImageNet
-            pictures = v2.functional.resize(pictures, self.crop, InterpolationMode.BICUBIC)
+            pictures = interpolate(pictures, size, mode="bicubic", antialias=True).float()
         else:
-            sides = pictures.shape[-2:]
-            pictures = resize(pictures, [self.crop * side // min(sides) for side in sides])
-        return self.finish(v2.functional.center_crop(pictures, [self.crop, self.crop]))
+            pictures = resize(pictures, size)
+        top, left = [(side - self.crop) // 2 for side in size]
+        return self.finish(pictures[..., top:top + self.crop, left:left + self.crop])
 
     def finish(self, pictures):
         """[T or 1, 3, crop, crop] -> [3, T, crop, crop]."""
         return pictures.transpose(0, 1).expand(-1, self.frames, -1, -1).contiguous()
 
 
+CLEAN_BLOBS = 10_042  # evaluation clips from this seed on share nothing with a training clip
+
+
 class BlobClips(Clips):
-    """The study's generated clips, `synthetic.Blobs`; for evaluation their first frames as they are, 160x160."""
+    """The paper's generated clips, `synthetic.Blobs`; for evaluation their first frames as they
+    are, uint8, 160x160."""
 
     def __init__(self, frames, crop, step=1, fps=0, items=range(10_000), first=0, directions=False):
-        super().__init__(items, [item % len(Blobs.MOVES) for item in items], frames, crop, step, fps, "blobs")
+        labels = [item % len(Blobs.MOVES) for item in items]
+        super().__init__(items, labels, frames, crop, step, fps, "blobs")
         self.blobs = Blobs(first, directions)
 
     def read(self, item, choose):
-        return self.blobs.video(self.paths[item])[0].transpose(0, 1)[list(choose(Blobs.FRAMES, Blobs.FPS))]
+        video, _ = self.blobs.video(self.paths[item])
+        return video.transpose(0, 1)[list(choose(Blobs.FRAMES, Blobs.FPS))]
 
     def evaluation_clip(self, item):
         return self.finish(self.read(item, lambda count, rate: range(self.frames)))
 
 
 def read_all(items, source):
-    """Clips of these items as evaluation sees them, or for each that cannot be read the sentence that says why."""
+    """Clips of these items as evaluation sees them, or for each that cannot be read the sentence
+    that says why."""
     clips = []
     for item in items:
         try:
@@ -324,7 +448,7 @@ def read_all(items, source):
     return clips
 
 
-# -------------------------------------------------------------------------------------------------------- batches
+# ----------------------------------------------------------------------------------------- batches
 
 MAX_UNREADABLE = 100  # in a row
 MAX_BROKEN = 0.05  # the share of unreadable files with which a run may go on
@@ -332,18 +456,22 @@ ORDER, CLIP, MASK, SIZE = range(4)  # what random numbers are for: no two uses s
 
 
 def generator_for(*numbers):
-    """A generator that depends on all of these whole numbers (from 0), and on their order."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+    """A generator that depends on these whole numbers (from 0) and their order. torch keeps the
+    low 32 bits of a seed: one pair of different numbers in four billion draws the same."""
+    seed, = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(seed))
 
 
 class Batches:
-    """One item per training step, a function of seed and step alone, so that a resumed run goes on as it would have.
+    """One item per training step, a function of seed and step alone, so that a resumed run goes on
+    as it would have.
 
-    batches[step] -> a rank's micro-batches, a list: uint8 clips [micro_batch, 3, T, H, W] and their masks,
-    make_masks(clips, positions, sizes). The generator of positions is seeded by (seed, step, number of the micro-batch
-    in the step), that of sizes by (seed, step). Clips are drawn with replacement: first the source, by weight, then any
-    of its items; `Shapes` makes new ones. For a file that cannot be read another of its source is taken, and a line in
-    the file unreadable.txt says so. Raises ValueError where batch, micro-batch and ranks do not fit.
+    batches[step] -> a rank's micro-batches, a list: uint8 clips [micro_batch, 3, T, H, W] and
+    their masks, make_masks(clips, positions, sizes). The generator of positions is seeded by
+    (seed, step, number of the micro-batch in the step), that of sizes by (seed, step). Clips are
+    drawn with replacement: first the source, by weight, then any of its items; `Shapes` makes new
+    ones. For a file that cannot be read another of its source is taken, and a line in the file
+    unreadable.txt says so. Raises ValueError where batch, micro-batch and ranks do not fit.
     """
 
     def __init__(self, sources, weights, config, make_masks, rank=0, ranks=1):
@@ -351,8 +479,8 @@ class Batches:
         self.size = config.micro_batch or max(1, config.batch // ranks)
         each, rest = divmod(config.batch, self.size * ranks)  # micro-batches of a rank
         if rest:
-            raise ValueError(f"a batch of {config.batch} is not a multiple of {ranks} ranks x a micro-batch of "
-                             f"{self.size}; change --batch or --micro-batch")
+            raise ValueError(f"a batch of {config.batch} is not a multiple of {ranks} ranks x a "
+                             f"micro-batch of {self.size}; change --batch or --micro-batch")
         self.mine = range(rank * each, (rank + 1) * each)
         self.weights = torch.tensor(weights, dtype=torch.float64)
         self.lengths = torch.tensor([len(source) for source in sources])
@@ -362,20 +490,27 @@ class Batches:
         return self.config.steps
 
     def __getitem__(self, step):
-        seed, batch, micro_batches = self.config.seed, self.config.batch, []
+        seed, batch = self.config.seed, self.config.batch
         draw = generator_for(seed, ORDER, step, 0)
-        sources = torch.multinomial(self.weights, batch, replacement=True, generator=draw).tolist()
-        items = (torch.rand(batch, dtype=torch.float64, generator=draw) * self.lengths[sources]).long().tolist()
+        sources = torch.multinomial(self.weights, batch, replacement=True, generator=draw)
+        shares = torch.rand(batch, dtype=torch.float64, generator=draw)
+        items = (shares * self.lengths[sources]).long().tolist()
+
+        def clip(place):  # in the batch of the step
+            own = generator_for(seed, CLIP, step, place)
+            return self.readable_clip(step, self.sources[sources[place]], items[place], own)
+
+        micro_batches = []
         for j in self.mine:
-            places = range(j * self.size, (j + 1) * self.size)  # in the batch of the step
+            places = range(j * self.size, (j + 1) * self.size)
             if hasattr(self.sources[0], "clips"):
                 clips = self.sources[0].clips([step * batch + place for place in places])
             else:
-                clips = torch.stack([self.readable_clip(step, self.sources[sources[place]], items[place],
-                                                        generator_for(seed, CLIP, step, place)) for place in places])
+                clips = torch.stack([clip(place) for place in places])
             # The released code draws the same positions on every GPU (README, departure 11).
             positions = generator_for(seed, MASK, step, 0 if self.config.as_released else j)
-            micro_batches.append((clips, self.make_masks(clips, positions, generator_for(seed, SIZE, step, 0))))
+            masks = self.make_masks(clips, positions, generator_for(seed, SIZE, step, 0))
+            micro_batches.append((clips, masks))
         return micro_batches
 
     def readable_clip(self, step, source, item, generator):
@@ -385,54 +520,63 @@ class Batches:
                 return source.clip(item, generator)
             except Unreadable as error:
                 # In any worker of any rank: whole lines at the end of a file do not mix.
-                with open(self.unreadable, "a", encoding="utf-8", errors="surrogateescape") as file:  # any file name
+                with open(self.unreadable, "a", encoding="utf-8", errors="surrogateescape") as file:
                     file.write(f"{step}\t{source.name}\t{error.path}\t{error.reason}\n")
                 item, last = torch.randint(len(source), (), generator=generator).item(), error
-        raise ValueError(f"{MAX_UNREADABLE} files of {source.name} in a row cannot be read, the last is {last}")
+        raise ValueError(f"{MAX_UNREADABLE} files of {source.name} in a row cannot be read, "
+                         f"the last is {last}")
+
+
+def loader(batches, start=0, workers=0, device=torch.device("cpu")):
+    """The batches from step `start` on, prepared by so many processes (their torch runs one thread
+    each)."""
+    # With a generator of its own, the loader leaves the global one alone: a resumed run must not
+    # find it moved.
+    return load(batches, workers, sampler=range(start, len(batches)),
+                pin_memory=device.type == "cuda", generator=torch.Generator())
+
+
+def load(items, workers, **how):
+    """What torch's DataLoader makes of items in so many worker processes, one by one; no worker
+    outlives an error."""
+    try:
+        yield from DataLoader(items, batch_size=None, num_workers=workers,
+                              worker_init_fn=start_worker, **how)
+    except Exception:
+        end_workers()
+        raise
 
 
 def start_worker(_):
-    """A loader's worker leaves Ctrl-C and SIGTERM to the run, which saves and then ends it; and it keeps no lock."""
+    """A loader's worker leaves Ctrl-C and SIGTERM to the run, which saves and then ends it; and it
+    keeps no lock."""
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
     for handle in HELD:
         os.close(handle)
 
 
-def load(items, workers, **how):
-    """What torch's DataLoader makes of items in so many worker processes, one by one; no worker outlives an error."""
-    try:
-        yield from DataLoader(items, batch_size=None, num_workers=workers, worker_init_fn=start_worker, **how)
-    except Exception:
-        end_workers()
-        raise
-
-
 @atexit.register
 def end_workers():
-    """Kill what is left of the loaders' workers: they ignore the signal by which Python would end them."""
-    for worker in [worker for worker in multiprocessing.active_children() if worker.daemon]:
-        with contextlib.suppress(RuntimeError):  # torch's, of a worker that was killed
-            worker.kill()
-            worker.join()
+    """Kill what is left of the loaders' workers: they ignore the signal by which Python would end
+    them."""
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            with contextlib.suppress(RuntimeError):  # torch's, of a worker that was killed
+                worker.kill()
+                worker.join()
 
 
-def loader(batches, start=0, workers=0, device=torch.device("cpu")):
-    """The batches from step `start` on, prepared by so many processes (their torch runs one thread each)."""
-    # With a generator of its own, the loader leaves the global one alone: a resumed run must not find it moved.
-    return load(batches, workers, sampler=range(start, len(batches)), pin_memory=device.type == "cuda",
-                generator=torch.Generator())
-
-
-# ----------------------------------------------------------------------------------------- folders, and your own lists
+# --------------------------------------------------------------------------- lists of your own
 
 LINE = re.compile(r'"?([^"]+?\.\w+)"?(?:[\s,]+"?(\d+)"?)?')
 HIDDEN = (".", "__MACOSX")  # of what macOS and others leave behind: `.DS_Store`, `._clip.mp4`
-Split = namedtuple("Split", "paths labels")  # labels: whole numbers from 0; None where there are none
+Split = namedtuple("Split", "paths labels")  # labels: whole numbers from 0, or None for all
 
 
 def files_below(folder):
-    """All files below a folder, in order; links to folders are followed, what is hidden is left out."""
+    """All files below a folder, in order; links to folders are followed, what is hidden is left
+    out."""
     found, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
         new = os.path.realpath(place) not in seen  # links may go round in circles
@@ -445,18 +589,25 @@ def files_below(folder):
 def own_videos(path):
     """The videos of a list file, or all videos below a folder, as a Split.
 
-    A line of a list is `path` or `path label`, separated by a comma, a tab or spaces. The label is a whole number; the
-    path ends in a suffix like .mp4, may hold spaces and commas, may stand in double quotes, and is relative to the
-    list's folder. Raises FileNotFoundError where there is nothing, ValueError for a wrong line (with its number).
+    A line of a list is `path` or `path label`, separated by a comma, a tab or spaces. The label is
+    a whole number; the path ends in a suffix like .mp4, may hold spaces and commas, may stand in
+    double quotes, and is relative to the list's folder. In a folder that holds its videos in two
+    or more sub-folders, and nowhere else, each of these is a class, numbered in their order.
+    Raises FileNotFoundError where there is nothing, ValueError for a wrong line (with its number).
     """
     path = Path(path)
     if path.is_dir():
         paths = [file for file in files_below(path) if file.suffix.lower() in VIDEOS]
         if not paths:
             raise FileNotFoundError(f"there is no video ({', '.join(VIDEOS)}) in or below {path}")
-        return Split(paths, None)
+        folders = [file.parent for file in paths]
+        classes = sorted(set(folders))
+        if len(classes) < 2 or any(folder.parent != path for folder in classes):
+            return Split(paths, None)
+        return Split(paths, [classes.index(folder) for folder in folders])
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; it should be a list of videos, or a folder of them")
+        raise FileNotFoundError(f"{path} does not exist; it should be a list of videos, or a "
+                                "folder of them")
     paths, labels = [], []
     for i, line in text_lines(path):
         match = LINE.fullmatch(line)
@@ -465,8 +616,9 @@ def own_videos(path):
         paths.append(path.parent / match[1])
         labels.append(match[2] and int(match[2]))
         if (labels[-1] is None) != (labels[0] is None):
-            raise ValueError(f"line {i} of {path} is not like those before it, which have "
-                             f"{'a' if match[2] is None else 'no'} label: {line}")
+            had = "a" if match[2] is None else "no"
+            raise ValueError(f"line {i} of {path} is not like those before it, which have {had} "
+                             f"label: {line}")
     if not any(map(os.path.exists, paths)):
         where = f"; the first is looked for at {paths[0]}" if paths else ""
         raise FileNotFoundError(f"{path} lists no video that exists{where}")
@@ -482,13 +634,24 @@ def text_lines(path):
     return [(i, line.strip()) for i, line in enumerate(lines, start=1) if line.strip()]
 
 
-# --------------------------------------------------------------------- the four datasets, as their publishers ship them
+def hold_out(split):
+    """Labelled videos in two, (to train on, to test on): of each class every third, in the order
+    of the list, is held out."""
+    seen, parts = Counter(), ([], [])
+    for path, label in zip(*split):
+        seen[label] += 1
+        parts[seen[label] % 3 == 0].append((path, label))
+    return tuple(Split([path for path, _ in part], [label for _, label in part]) for part in parts)
 
-Files = namedtuple("Files", "train test classes")  # two Splits, and the class names in the order of their labels
+
+# ------------------------------------------------ the four datasets, as their publishers ship them
+
+# Two Splits, and the class names in the order of their labels.
+Files = namedtuple("Files", "train test classes")
 
 
 def first_there(folder, *names):
-    """The path of the first of these names that exists in a folder. Raises FileNotFoundError where none does."""
+    """The path of the first of these names that exists in a folder. Raises FileNotFoundError."""
     for name in names:
         if (folder / name).exists():
             return folder / name
@@ -501,14 +664,16 @@ def read_split(path, parse):
     if path.suffix == ".json":
         try:
             content = json.loads("".join(line for _, line in entries))
-            entries = enumerate(content.items() if isinstance(content, dict) else list(content), start=1)
+            items = content.items() if isinstance(content, dict) else list(content)
+            entries = enumerate(items, start=1)
         except (RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not JSON as its publisher writes it: {error}") from None
     for i, entry in entries:
         try:
             pairs.append(parse(entry))
         except (IndexError, KeyError, TypeError, ValueError):
-            raise ValueError(f"entry {i} of {path} is not as its publisher writes it: {entry}") from None
+            raise ValueError(f"entry {i} of {path} is not as its publisher writes it: "
+                             f"{entry}") from None
     if not pairs:
         raise ValueError(f"{path} lists nothing")
     return Split(*map(list, zip(*pairs)))
@@ -518,7 +683,8 @@ def ucf101(root):
     videos = first_there(root, "UCF-101")
     index, train, test = (first_there(root / "ucfTrainTestlist", f"{name}.txt")
                           for name in ("classInd", "trainlist01", "testlist01"))
-    label = dict(zip(*read_split(index, lambda line: (line.split()[1], int(line.split()[0]) - 1))))
+    names = read_split(index, lambda line: (line.split()[1], int(line.split()[0]) - 1))
+    label = dict(zip(*names))
 
     def parse(line):  # "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1"; test lines lack the number
         name = line.split()[0]
@@ -533,7 +699,8 @@ def ssv2(root):
     label = dict(zip(*read_split(index, lambda item: (item[0], int(item[1])))))
 
     def parse(entry):  # its template is a class name with brackets: "Pushing [something]"
-        return videos / f"{entry['id']}.webm", label[entry["template"].replace("[", "").replace("]", "")]
+        name = entry["template"].replace("[", "").replace("]", "")
+        return videos / f"{entry['id']}.webm", label[name]
     return Files(read_split(train, parse), read_split(test, parse), sorted(label, key=label.get))
 
 
@@ -541,18 +708,21 @@ def imagenet100(root):
     splits, classes = [], []
     for folder in (first_there(root, "train"), first_there(root, "val", "validation")):
         names = sorted(each.name for each in folder.iterdir() if each.is_dir())
-        classes.append([name for name in names if not name.startswith(HIDDEN)])
-        images = [[path for path in files_below(folder / name) if is_image(path)] for name in classes[-1]]
-        splits.append(Split(sum(images, []), [i for i, paths in enumerate(images) for _ in paths]))
+        names = [name for name in names if not name.startswith(HIDDEN)]
+        pairs = [(path, label) for label, name in enumerate(names)
+                 for path in files_below(folder / name) if is_image(path)]
+        splits.append(Split([path for path, _ in pairs], [label for _, label in pairs]))
+        classes.append(names)
     if classes[0] != classes[1] or not all(split.paths for split in splits):
-        raise ValueError(f"train and val of {root} should hold images of the same classes; they differ in "
-                         f"{', '.join(sorted(set(classes[0]) ^ set(classes[1]))[:3]) or 'nothing, and have no images'}")
+        differing = sorted(set(classes[0]) ^ set(classes[1]))[:3]
+        raise ValueError(f"train and val of {root} should hold images of the same classes; they "
+                         f"differ in {', '.join(differing) or 'nothing, and have no images'}")
     return Files(*splits, classes[0])
 
 
 def diving48(root):
     videos, vocabulary = first_there(root, "rgb"), root / "Diving48_vocab.json"
-    train, test = (first_there(root, f"Diving48_V2_{split}.json") for split in ("train", "test"))
+    train, test = (first_there(root, f"Diving48_V2_{name}.json") for name in ("train", "test"))
     classes = [str(label) for label in range(48)]
     if vocabulary.exists():
         classes, _ = read_split(vocabulary, lambda words: (" ".join(words), None))
@@ -563,48 +733,56 @@ def diving48(root):
 
 
 class PublicDataset(namedtuple("PublicDataset", "title marker read train test")):
-    """marker: a name that tells its folder. read: folder -> Files. train, test: how many clips were published."""
+    """marker: a name that tells its folder. read: folder -> Files. train, test: how many clips were
+    published."""
 
     def files(self, root):
-        """Its files in a folder, or in one folder below. Raises FileNotFoundError where something is missing."""
+        """Its files in a folder, or in one folder below. Raises FileNotFoundError where something
+        is missing."""
         root = Path(root)
-        places = [path.parent for path in [*root.glob(self.marker), *sorted(root.glob(f"*/{self.marker}"))]]
+        found = [*root.glob(self.marker), *sorted(root.glob(f"*/{self.marker}"))]
+        places = [path.parent for path in found]
         if len(places) > 1 and places[0] != root:
-            raise ValueError(f"both {places[0]} and {places[1]} hold {self.marker}; give one as --root, or move one")
+            raise ValueError(f"both {places[0]} and {places[1]} hold {self.marker}; give one as "
+                             "--root, or move one")
         try:
             return self.read(places[0] if places else root)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}; README.md, 'The paper's datasets', says what belongs to {self.title} "
-                                    "and who offers it") from None
+            raise FileNotFoundError(f"{error}; README.md, 'The paper's datasets', says what "
+                                    f"belongs to {self.title} and who offers it") from None
 
 
 DATASETS = {
     "ucf101": PublicDataset("UCF-101, split 1", "UCF-101", ucf101, 9_537, 3_783),
-    "ssv2": PublicDataset("Something-Something V2", "20bn-something-something-v2", ssv2, 168_913, 24_777),
+    "ssv2": PublicDataset("Something-Something V2", "20bn-something-something-v2", ssv2,
+                          168_913, 24_777),
     "imagenet100": PublicDataset("ImageNet-100", "train", imagenet100, 126_689, 5_000),
     "diving48": PublicDataset("Diving-48 V2", "Diving48_V2_train.json", diving48, 15_027, 1_970),
 }
-MIXED = {"ucf101": 0.2, "ssv2": 0.6, "imagenet100": 0.2}  # the study's mixed regime: how often each is drawn
+# The paper's mixed regime: how often each is drawn.
+MIXED = {"ucf101": 0.2, "ssv2": 0.6, "imagenet100": 0.2}
 
 
 def open_dataset(name, root, split, *how):
-    """The "train" or "test" split of one of the DATASETS as a source. how: frames, crop, step and fps of `Clips`."""
+    """The "train" or "test" split of one of the DATASETS as a source. how: frames, crop, step and
+    fps of `Clips`."""
     return Clips(*getattr(DATASETS[name].files(root), split), *how, name=name)
 
 
-# ------------------------------------------------------------------------------------- files, and what commands share
+# ------------------------------------------------------------------------------ what commands share
 
 HELD = []  # locks, which a loader's worker must not inherit
 
 
 def write_file(path, content):
-    """Write bytes under a temporary name, then rename: a reader sees the old file or the new one, never a half."""
+    """Write bytes under a temporary name, then rename: a reader sees the old file or the new one,
+    never a half."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # the name that a user knows
+        raise OSError(error.errno, error.strerror, str(path)) from None  # the name a user knows
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -614,7 +792,8 @@ def write_json(path, content):
 
 
 def read_json(path):
-    """The dict that a JSON file holds, an empty one where there is no file. Raises ValueError for a damaged file."""
+    """The dict that a JSON file holds, an empty one where there is no file. Raises ValueError for a
+    damaged file."""
     if not path.exists():
         return {}
     with contextlib.suppress(ValueError, RecursionError):
@@ -626,25 +805,27 @@ def read_json(path):
 
 @contextlib.contextmanager
 def locked(path):
-    """Hold a folder or file for this process alone; the kernel lets go when the process ends, however that is."""
-    handle = os.open(path, os.O_RDONLY)
-    HELD.append(handle)
-    try:
+    """Hold a folder or file for this process alone; the kernel lets go when the process ends,
+    however that is."""
+    with contextlib.ExitStack() as held:
+        handle = os.open(path, os.O_RDONLY)
+        held.callback(os.close, handle)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is at work on {path}; wait until it ends, or stop it") from None
+            raise ValueError(f"another process is at work on {path}; wait until it ends, or stop "
+                             "it") from None
+        HELD.append(handle)
+        held.callback(HELD.remove, handle)
         yield
-    finally:
-        HELD.remove(handle)
-        os.close(handle)
 
 
 def command(program, smaller, stopped="stopped"):
-    """Decorator of a command's main function: what its user can put right is said in one sentence, no traceback.
+    """Decorator of a command's main function: what its user can put right is said in one sentence;
+    a bug of ours keeps its traceback.
 
-    Exit status: what the function returns, else 0; 1 after such a sentence, 130 after Ctrl-C, 2 from argparse.
-    smaller: the flags that decide how much memory it takes.
+    Exit status: what the function returns, else 0; 1 after such a sentence, 130 after Ctrl-C, 2
+    from argparse. smaller: the flags that decide how much memory it takes.
     """
     def decorate(main):
         def run(arguments=None):
@@ -653,24 +834,32 @@ def command(program, smaller, stopped="stopped"):
             except KeyboardInterrupt:
                 status, sentence = 130, stopped
             except (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError) as error:
-                status, message = 1, str(error).strip() or type(error).__name__
-                # An error in a loader's worker comes with the worker's traceback; its last line is what happened.
-                sentence = message.splitlines()[-1].removeprefix("ValueError: ")
-                if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in message:
-                    sentence = f"there is too little memory; give a smaller {smaller}"
-                elif message.startswith("DataLoader worker (pid"):
-                    sentence = ("a loader process was killed, most likely for lack of memory; give fewer --workers, or "
-                                "more shared memory (in Docker: --shm-size)")
-                elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                    sentence = f"torch cannot compile here ({message.splitlines()[0]}); --no-compile does without"
-                elif isinstance(error, RuntimeError):
+                status, sentence = 1, explain(error, smaller)
+                if sentence is None:
                     raise
-                elif isinstance(error, OSError) and error.filename:
-                    sentence = f"{error.filename}: {error.strerror}"
             print(f"{program}: {sentence}", file=sys.stderr)
             return status
         return run
     return decorate
+
+
+def explain(error, smaller):
+    """The sentence that an error is for a user, None where it is a bug."""
+    message = str(error).strip() or type(error).__name__
+    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if out_of_memory or "can't allocate memory" in message:
+        return f"there is too little memory; give a smaller {smaller}"
+    if message.startswith("DataLoader worker (pid"):
+        return ("a loader process was killed, most likely for lack of memory; give fewer "
+                "--workers, or more shared memory (in Docker: --shm-size)")
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch cannot compile here ({message.splitlines()[0]}); --no-compile does without"
+    if isinstance(error, RuntimeError):
+        return None
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    # An error in a loader's worker comes with the worker's traceback; its last line is the error.
+    return message.splitlines()[-1].removeprefix("ValueError: ")
 
 
 def number(least, most=10 ** 9, kind=int):
@@ -683,11 +872,12 @@ def number(least, most=10 ** 9, kind=int):
     return convert
 
 
-# ------------------------------------------------------------------------------------------------- python data.py
+# --------------------------------------------------------------------------- python data.py --check
 
 
 def inspect_file(path):
-    """Reads a file as evaluation does: height, width, for videos frames and rate; or the reason why it cannot."""
+    """Reads a file as evaluation does: height, width, for videos frames and rate; or the reason why
+    it cannot."""
     try:
         if is_image(path):
             return read_image(path).shape[:2]
@@ -698,55 +888,71 @@ def inspect_file(path):
 
 
 def inspect(title, paths, workers):
-    """Read every file and print what there is to say. Returns whether a run on these files would go through."""
-    results = load(paths, workers, collate_fn=inspect_file)
-    results = list(tqdm(results, desc=title, total=len(paths), unit="file", leave=False, disable=None))
-    reasons = [result for result in results if isinstance(result, str)]
-    facts = list(zip(*(result for result in results if not isinstance(result, str))))
+    """Read every file and print what there is to say: {8: frame step, 16: frame step} at which
+    clips of so many frames spread over the median video, empty for images; None where a run on
+    these files would stop."""
+    results = tqdm(load(paths, workers, collate_fn=inspect_file), desc=title, total=len(paths),
+                   unit="file", leave=False, disable=None)
+    reasons, facts = [], []
+    for result in results:
+        (reasons if isinstance(result, str) else facts).append(result)
+    facts = list(zip(*facts))
     for what, values in zip(("height", "width", "frames", "frames per second"), facts):
         print(f"    {what}: {min(values):.4g} to {max(values):.4g}")
+    steps = {}
     if len(facts) > 2:
-        steps = [max(1, round(np.median(facts[2]) / frames)) for frames in (8, 16)]
-        print("    evaluation spreads a clip over all of a video; to match that (median), train with --frame-step "
-              f"{steps[0]} at --frames 8, {steps[1]} at 16")
+        steps = {frames: max(1, round(np.median(facts[2]) / frames)) for frames in (8, 16)}
+        print("    evaluation spreads a clip over all of a video; to match that (median), train "
+              f"with --frame-step {steps[8]} at --frames 8, {steps[16]} at 16")
     print(f"    unreadable: {len(reasons):,}", *reasons[:5], sep="\n      ")
     if len(reasons) > MAX_BROKEN * len(paths):
         print(f"    More than {MAX_BROKEN:.0%} cannot be read: a run would stop.")
-    return len(reasons) <= MAX_BROKEN * len(paths)
+        return None
+    return steps
 
 
 def check(root, workers):
     """Print what lies in a folder, whole or broken, and the command that trains on it.
 
-    Raises OSError where there is nothing to train on, ValueError where what there is makes no sense.
+    Raises OSError where there is nothing to train on, ValueError where it makes no sense.
     """
-    root, usable = Path(root), {}
+    root, usable, missing = Path(root), {}, []
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder; give the one that holds the datasets, or your own videos")
+        raise FileNotFoundError(f"{root} is not a folder; give the one that holds the datasets, or "
+                                "your own videos")
     for name, dataset in DATASETS.items():
         try:
             files = dataset.files(root)
-        except FileNotFoundError as missing:
-            print(f"{dataset.title}: not here. {missing}")
+        except FileNotFoundError as error:
+            missing.append(f"{dataset.title}: not here. {error}")
             continue
         print(f"{dataset.title}: {len(files.classes)} classes")
         for split, published in (("test", dataset.test), ("train", dataset.train)):
             paths = getattr(files, split).paths
             print(f"  {split}: {len(paths):,} of {published:,} published clips")
-            usable[name] = inspect(f"{name} {split}", paths, workers)  # that of "train" stays
-    presets = [preset for preset, names in (("mixed", MIXED), ("ucf101", ["ucf101"])) if all(map(usable.get, names))]
-    if not presets:
-        paths, _ = own_videos(root)
-        others = Counter(path.suffix or "without suffix" for path in sorted({*files_below(root)} - {*paths}))
-        print(f"Videos below {root}, of every split: {len(paths):,}; left out as no videos: "
-              f"{', '.join(f'{count:,} {suffix}' for suffix, count in others.items()) or 'none'}")
-        if not inspect("videos", paths, workers):
-            raise ValueError(f"too many of the videos in {root} cannot be read")
-    how = f"--preset {presets[0]} --root" if presets else "--data"
-    print(f"Train with: python train.py {how} {shlex.quote(str(root))}")
+            usable[name] = inspect(f"{name} {split}", paths, workers) is not None  # of train, last
+    if usable and missing:
+        print(*missing, sep="\n")
+    place = shlex.quote(str(root))
+    for preset, names in (("mixed", MIXED), ("ucf101", ["ucf101"])):
+        if all(map(usable.get, names)):
+            print(f"Train with: python train.py --preset {preset} --root {place}")
+            return
+    paths, labels = own_videos(root)
+    others = Counter(path.suffix or "without suffix" for path in {*files_below(root)} - {*paths})
+    left_out = ", ".join(f"{others[suffix]:,} {suffix}" for suffix in sorted(others)) or "none"
+    print(f"Videos below {root}, of every split: {len(paths):,}; left out as no videos: {left_out}")
+    if labels and not usable:
+        print(f"    {max(labels) + 1} classes, the sub-folders")
+    steps = inspect("videos", paths, workers)
+    if steps is None:
+        raise ValueError(f"too many of the videos in {root} cannot be read")
+    for device, preset, frames in (("CPU", "", 8), ("GPU", "--preset mixed ", 16)):
+        print(f"Train on a {device} with: python train.py {preset}--data {place} "
+              f"--frame-step {steps[frames]}")
 
 
-# ------------------------------------------------------------------------------------------ generated clips as videos
+# --------------------------------------------------------------------------- python data.py --write
 
 
 def write_video(path, clip, fps, codec="libx264"):
@@ -761,7 +967,8 @@ def write_video(path, clip, fps, codec="libx264"):
 
 
 def write_dataset(folder, source, count, fps):
-    """Write items 0 to count-1 of a source as mp4 files, and `videos.csv` with a line "path label" for each."""
+    """Write items 0 to count-1 of a source as mp4 files, and `videos.csv`, a line "path label" for
+    each."""
     folder, lines = Path(folder), []
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken or folder.is_symlink() or os.path.ismount(folder):
@@ -769,7 +976,8 @@ def write_dataset(folder, source, count, fps):
     place = folder.absolute().parent
     place.mkdir(parents=True, exist_ok=True)
     # Renamed when whole, removed when not.
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=place, ignore_cleanup_errors=True) as unfinished:
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=place,
+                                     ignore_cleanup_errors=True) as unfinished:
         for item in tqdm(range(count), desc=f"writing to {folder}", unit="clip", disable=None):
             clip, label = source.video(item)
             write_video(Path(unfinished, f"{item:06d}.mp4"), clip, fps)
@@ -781,24 +989,29 @@ def write_dataset(folder, source, count, fps):
 
 @command("data.py", smaller="--size, --frames or number of --workers")
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Check the datasets in a folder, or write generated clips as videos.",
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Check the datasets or videos "
+                                     "in a folder, or write generated clips as videos.")
     job = parser.add_mutually_exclusive_group(required=True)
-    job.add_argument("--check", metavar="DIR", help="the folder that holds the datasets, or your own videos")
+    job.add_argument("--check", metavar="DIR", help="holds the datasets, or your own videos")
     job.add_argument("--write", metavar="DIR", help="a new or empty folder for generated clips")
-    parser.add_argument("--workers", type=number(1), default=min(8, os.cpu_count()), help="processes that read")
+    parser.add_argument("--workers", type=number(1), default=min(8, os.cpu_count()),
+                        help="processes that read")
     parser.add_argument("--kind", choices=("shapes", "blobs"), default="shapes")
     parser.add_argument("--count", type=number(1), default=64, help="number of clips")
     parser.add_argument("--seed", type=number(0), default=0)
     parser.add_argument("--frames", type=number(1), default=16, help="frames of a shape clip")
-    parser.add_argument("--size", type=number(1), default=64, help="side of a shape clip in pixels, even")
+    parser.add_argument("--size", type=number(1), default=64,
+                        help="side of a shape clip in pixels, even")
     flags = parser.parse_args(arguments)
     if flags.check:
         check(flags.check, flags.workers)
         return
-    if flags.kind == "shapes" and flags.size % 2:
+    if flags.kind == "blobs":
+        source = Blobs(42 + flags.seed)
+    elif flags.size % 2:
         parser.error(f"--size is {flags.size}, but the video format needs an even number of pixels")
-    source = Shapes(flags.frames, flags.size, flags.seed) if flags.kind == "shapes" else Blobs(42 + flags.seed)
+    else:
+        source = Shapes(flags.frames, flags.size, flags.seed)
     write_dataset(flags.write, source, flags.count, 8)
 
 
