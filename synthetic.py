@@ -280,4 +280,3 @@ class Blobs:
 
 
 WORLDS = {"default": Shapes, "dives": Dives}
-FACTORS = Shapes.classes

@@ -422,7 +422,7 @@ def test_probes_of_moving_shapes_see_the_clips_tokens_and_labels_that_they_name(
         factors = source.factors(range(count))
         labels.append({**factors, "motion": torch.tensor([4 * direction + speed for direction, speed in zip(
             factors["direction"].tolist(), factors["speed"].tolist())])})
-    assert {factor: int(labels[0][factor].max()) + 1 for factor in labels[0]} == synthetic.FACTORS
+    assert {factor: int(labels[0][factor].max()) + 1 for factor in labels[0]} == synthetic.Shapes.classes
     for k, factor in itertools.product(shots, ("direction", "motion", "appearance")):
         values = found[str(k or "all")][factor]
         if k == 0:
