@@ -499,7 +499,7 @@ def factors(source, items):
     return {"class": torch.tensor(source.labels)[items]}
 
 
-def probe_clips(encoder, sources, items, seeds, shots, about, linear=None, workers=0):
+def probe_clips(encoder, sources, items, seeds, recipe, shots, about, linear=None, workers=0):
     """What clips tell of an encoder, top-1 %: {k: {factor: [of each seed]}, "linear": {factor: %}}.
 
     sources, items: a world or a labelled source to learn from and one to be tested on, and which
@@ -524,7 +524,7 @@ def probe_clips(encoder, sources, items, seeds, shots, about, linear=None, worke
     device, found = encoder.video.device, {}
     for k in shots:
         found[str(k or "all")] = {
-            factor: accuracies(FEW, *labelled(0, factor), seeds, device, k, f"{about}: {factor}")
+            factor: accuracies(recipe, *labelled(0, factor), seeds, device, k, f"{about}: {factor}")
             for factor in few}
     found["linear"] = {
         factor: accuracies(LINEAR, *labelled(1, factor), seeds[:1], device)[0] for factor in linear}
@@ -534,22 +534,22 @@ def probe_clips(encoder, sources, items, seeds, shots, about, linear=None, worke
 def probe_shapes(encoder, config, count, seed=0, shots=(LABELS,), about="the encoder"):
     """`probe_clips` of `count` clips of a run's world, tested on a third as many."""
     items = range(count), range(max(1, count // 3))
-    return probe_clips(encoder, held_out(encoder, config), items, range(seed, seed + DRAWS), shots,
-                       about)
+    return probe_clips(encoder, held_out(encoder, config), items, range(seed, seed + DRAWS), FEW,
+                       shots, about)
 
 
 def probe_own(encoder, sources, about="the encoder", count=2304, workers=0):
     """`probe_clips` of at most `count` clips of your own, tested on a third as many."""
     items = spread(sources[0], count), spread(sources[1], count // 3)
-    return probe_clips(encoder, sources, items, range(DRAWS), [LABELS], about, None, workers)
+    return probe_clips(encoder, sources, items, range(DRAWS), FEW, [LABELS], about, None, workers)
 
 
 def along(encoder, config, sources=None):
     """What few labels tell of an encoder while it trains: {factor, or "class": top-1 %}.
 
-    One attentive head each, from `LABELS` clips per class: clips of the run's world that no run
-    trains on or, if given, labelled sources (train, test). It takes about a second, and leaves the
-    random numbers of the run alone.
+    One attentive head each, trained briefly, from `LABELS` clips per class: clips of the run's
+    world that no run trains on or, if given, labelled sources (train, test). It takes about a
+    second, and leaves the random numbers of the run alone.
     """
     items = [range(ALONG_TRAIN), range(ALONG_TEST)]
     if sources:
@@ -559,7 +559,8 @@ def along(encoder, config, sources=None):
     # Only clips with a label for the finest factor are looked at; the others draw from these.
     finest = max(factors(sources[0], items[0]).values(), key=torch.Tensor.max)
     items[0] = (draw_shots(finest, LABELS, 0) >= 0).nonzero().squeeze(1).tolist()
-    found = probe_clips(encoder, sources, items, [0], [LABELS], "the probe", linear=())
+    recipe = FEW._replace(steps=math.ceil(FEW.steps * 2 / 3))  # one must not wait for it
+    found = probe_clips(encoder, sources, items, [0], recipe, [LABELS], "the probe", linear=())
     return {factor: values[0] for factor, values in found[str(LABELS)].items()}
 
 
