@@ -507,7 +507,7 @@ class Batches:
                 clips = self.sources[0].clips([step * batch + place for place in places])
             else:
                 clips = torch.stack([clip(place) for place in places])
-            # The released code draws the same positions on every GPU (README, departure 11).
+            # The released code draws the same positions on every GPU (lab report, departure 11).
             positions = generator_for(seed, MASK, step, 0 if self.config.as_released else j)
             masks = self.make_masks(clips, positions, generator_for(seed, SIZE, step, 0))
             micro_batches.append((clips, masks))
