@@ -273,7 +273,7 @@ TERMS["mine"] = mine
 HEADS["mine"] = lambda seen, channels: mlp(seen, 8, channels)
 OBJECTIVES["mine"] = Objective("both", "what a small network sees is small", {"mine": Term(0.5)})
 """
-TINY = "--frames 4 --crop 32 --patch 8 --batch 4 --steps 3 --log-every 1 --probe-clips 0".split()
+TINY = "--frames 4 --crop 32 --patch 8 --batch 4 --steps 3 --log-every 1 --probe-clips 0 --probe-every 0".split()
 
 
 class Fork:
@@ -370,7 +370,7 @@ def test_a_sweep_with_an_objective_of_your_own_goes_on_and_names_what_failed(min
     assert sorted((line["name"], line["seed"]) for line in lines) == [*itertools.product(("baseline", "mine"), (0, 1))]
     for line in lines:
         rows = list(csv.DictReader((folder / f"{line['name']}-seed{line['seed']}" / "metrics.csv").open()))
-        assert line["flags"] == {"frames": 4, "batch": 4, "steps": 3, "log_every": 1, "probe_clips": 0}
+        assert line["flags"] == {"frames": 4, "batch": 4, "steps": 3, "log_every": 1, "probe_clips": 0, "probe_every": 0}
         pred = [float(row["pred"]) for row in rows]
         assert line["numbers"] == pytest.approx({
             "feature_std": float(rows[2]["feature_std"]), "effective_rank": float(rows[2]["effective_rank"]),
