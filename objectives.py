@@ -219,7 +219,8 @@ def find_pairs(mask, outputs, part=lambda z: z):
     valid = mask.visible.gather(1, index) == wanted  # (B, n)
     later = wanted.clamp(max=math.prod(outputs.grid) - 1)
     z, h = part(mask.z), outputs.h.detach()
-    return Pairs(z, take(z, index), take(h, mask.visible), take(h, later), mask.visible, later, valid)
+    now, then = take(h, mask.visible), take(h, later)  # (B, n, 4D) each
+    return Pairs(z, take(z, index), now, then, mask.visible, later, valid)
 
 
 def mean_over_masks(errors):
@@ -484,8 +485,8 @@ def sigreg(outputs, directions=1024, chunk=64):
     """Sketched isotropic Gaussian regularisation: `epps_pulley` of all visible tokens of both
     masks on random unit directions, drawn afresh each time, equal on all ranks.
 
-    Its count is that of the visible tokens of all micro-batches of a step on all ranks, so that the term weighs
-    the same on one GPU as on four; the statistic inside is that of the ranks' present
+    Its count is that of the visible tokens of all micro-batches of a step on all ranks, so that the
+    term weighs the same on one GPU as on four; the statistic inside is that of the ranks' present
     micro-batches, the only one that spans ranks, as in the paper. Directions go through in chunks
     that the backward pass computes again, so that memory does not grow with their number.
     """
@@ -769,7 +770,6 @@ def losses(outputs, objective, heads, weights):
     return values
 
 
-@torch.no_grad()
 def check_terms(outputs, objective, heads):
     """Try every term of an objective on a first batch, without touching what is drawn at random
     later. ValueError, in a sentence that names the term, where one does not work."""

@@ -189,9 +189,9 @@ import probe
 from data import command, locked, read_json, write_file, write_json
 from model import (SIZES, Block, Encoder, Predictor, level_normalise, load_vjepa, normalise,
                    token_grid)
-from objectives import (ABLATIONS, OBJECTIVES, MaskOutputs, Outputs, coefficients, draw_masks,
-                        losses, make_heads, mean_over_ranks, objective_list, released_form,
-                        without)
+from objectives import (ABLATIONS, OBJECTIVES, MaskOutputs, Outputs, check_terms, coefficients,
+                        draw_masks, losses, make_heads, mean_over_ranks, objective_list,
+                        released_form, without)
 from synthetic import WORLDS
 
 
@@ -230,7 +230,7 @@ class JEPA(nn.Module):
         # learn, they would become so. They cannot: no gradient reaches the target encoder. It
         # follows the encoder slowly (EMA), so there is always something left to predict.
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
-        self.losses = losses
+        self.losses, self.checked = losses, False
 
     def targets(self, clips):
         """What is to be predicted: features of the whole clip, [B, N, 4D]. Without EMA they come
@@ -239,9 +239,10 @@ class JEPA(nn.Module):
         h = encoder(clips)
         return level_normalise(h) if self.objective.level_norm else h
 
-    def forward(self, clips, masks, weights):
+    def forward(self, clips, masks, weights, context=True, groups=1):
         """uint8 clips [B, 3, T, H, W], list of (visible, masked), loss weights -> losses by name,
-        targets [B, N, 4D]."""
+        targets [B, N, 4D]. context: predict visible tokens, too. groups: micro-batches of a step.
+        """
         clips = normalise(clips)
         grid = token_grid(*clips.shape[2:], self.encoder.patch, self.encoder.tubelet)
         # 1. The target encoder sees the whole clip, once.
@@ -250,10 +251,13 @@ class JEPA(nn.Module):
         outputs = []
         for visible, masked in masks:  # (B, n), (B, k)
             z = self.encoder(clips, visible)  # (B, n, 4D)
-            p, c = self.predictor(z, visible, masked, grid)  # (B, k, 4D), (B, n, 4D)
+            p, c = self.predictor(z, visible, masked, grid, context)  # (B, k, 4D), (B, n, 4D)
             outputs.append(MaskOutputs(visible, masked, z, p, c))
         # 3. Every loss is a function of these outputs alone.
-        outputs = Outputs(clips, grid, h, outputs)
+        outputs = Outputs(clips, grid, h, outputs, groups)
+        if not self.checked:  # the first batch
+            check_terms(outputs, self.objective, self.heads)
+            self.checked = True
         return self.losses(outputs, self.objective, self.heads, weights), h.detach()
 
     def compile(self, **options):
@@ -356,6 +360,10 @@ class Trainer:
         for network in (self.model.encoder, self.model.target):
             network.load_state_dict(pretrained.state_dict())
 
+    def logs(self, step):
+        """Whether a step gets a line of metrics.csv."""
+        return step % self.config.log_every == 0 or step + 1 == self.config.steps
+
     def step(self, step, micro_batches):
         """One training step on micro-batches: uint8 clips [B, 3, T, H, W], and masks, a list of
         (visible, masked) ids.
@@ -367,6 +375,8 @@ class Trainer:
         #    and the same after a resume.
         torch.manual_seed(self.config.seed * 1_000_003 + step)
         numbers = coefficients(self.objective, step, self.config.steps, self.config.ctx_weight)
+        # Visible tokens are predicted where that counts or is logged.
+        context, groups = numbers["ctx"] > 0 or self.logs(step), len(micro_batches) * self.ranks
         # Tensors, since a compiled step would be compiled again for every new Python number.
         values = torch.tensor(list(numbers.values())).to(self.device, non_blocking=True)
         weights = dict(zip(numbers, values))
@@ -382,10 +392,13 @@ class Trainer:
             # 2. Forward: target encoder once; encoder and predictor once per mask; every loss;
             #    their weighted sum. Each micro-batch has means and statistics of its own.
             with self.autocast:
-                losses, h = self.model(clips, masks, weights)
+                losses, h = self.model(clips, masks, weights, context, groups)
             # 3. Backward: gradients add up, and are averaged over all micro-batches of all ranks.
             (losses["total"] / len(micro_batches)).backward()
             found.append({name: value.detach() for name, value in losses.items()})
+        if not context:  # the layer that would predict them has no gradient, but still decays
+            for p in self.model.predictor.to_visible.parameters():
+                p.grad = torch.zeros_like(p)
         gradients = [p.grad for p in self.trained if p.grad is not None]
         if self.ranks > 1:
             flat = nn.utils.parameters_to_vector(gradients)
@@ -726,7 +739,7 @@ def run_steps(trainer, batches, start, rank):
     with StopSignal() as stop, bar:
         for step, micro_batches in enumerate(clips, start):
             last = step + 1 == config.steps
-            logging = last or step % config.log_every == 0
+            logging = trainer.logs(step)
             probing = config.probe_every and (last or step % config.probe_every == 0)
             losses, h, gradient_norm = trainer.step(step, micro_batches)
             bar.update()

@@ -53,7 +53,8 @@ def shared(rank, ranks, folder):
 
 
 def naive_sigreg(model, micro_batches, ranks):
-    """METHOD.md: cosines and sines are averaged over the ranks' samples, and n counts all of them.
+    """METHOD.md: cosines and sines are averaged over the ranks' samples, and n counts all clips of
+    the step, however many micro-batches of however many ranks share them.
 
     The micro-batches that have the same number on their ranks make up one sample, with directions of its own.
     """
@@ -69,7 +70,7 @@ def naive_sigreg(model, micro_batches, ranks):
             phi = torch.exp(-t ** 2 / 2)
             values.append(phi * ((cos - phi) ** 2 + sin ** 2))
         integral = 2 * 3 / 16 * (sum(values) - (values[0] + values[-1]) / 2)
-        total = total + sum(map(len, samples)) * integral.mean() / numbers
+        total = total + numbers * sum(map(len, samples)) * integral.mean() / numbers
     return total
 
 

@@ -707,6 +707,7 @@ def test_a_step_with_every_term_reads_nothing_back_from_the_device(monkeypatch, 
     monkeypatch.setattr(torch, "autocast", lambda *where, **how: nullcontext())
     monkeypatch.setattr(train, "make_optimizer", lambda model, config: torch.optim.AdamW(model.parameters()))
     trainer = train.Trainer(train.parse(["--objective", "everything", *QUICK])[0], torch.device("meta"))
+    trainer.model.checked = True  # a first batch is checked, which reads what the terms give
     values, h, gradient_norm = trainer.step(0, [micro_batch(2), micro_batch(2)])
     assert values.keys() == {"pred", "ctx", *objectives.TERMS, "total", "hard_share"}
     assert all(found.is_meta for found in (*values.values(), h, gradient_norm, trainer.healthy))
