@@ -8,6 +8,8 @@
         what the runs found, and how far they differ from one of them
     python tests/study.py --answer tests/results/study.jsonl
         the primary question, and the trade-off
+    python tests/study.py --confirm RESULTS
+        four comparisons by exact sign flips over seeds, Holm over four
     python tests/study.py --agree A.jsonl B.jsonl
         do two sweeps show the same?
     python tests/study.py --compare A.json B.json
@@ -60,9 +62,10 @@ def config_of(flags):
     return train.parse([flag.replace(*named) for flag in flags])[0]
 
 
-def one_run(flags, shots):
+def one_run(flags, shots, fresh=False):
     """Train as train.py would, probe the encoder, and write study.json into the run folder.
-    Returns the exit status."""
+    Returns the exit status. fresh: the probes' clips and draws of labels are this seed's own, so
+    that what varies over seeds includes them."""
     config, weights, logged = config_of(flags), None, {}
     folder, settings = Path(config.out), asdict(config)
     if "--objective=untrained" in flags:
@@ -78,7 +81,11 @@ def one_run(flags, shots):
     if config.preset == "blobs":
         numbers = probe_blobs(encoder, settings, shots, folder)
     elif config.probe_clips:
-        found = probe.probe_shapes(encoder, settings, config.probe_clips, shots=shots)
+        first = 0
+        if fresh:
+            probe.HELD_OUT += 2 * (1 + config.seed)
+            first = probe.DRAWS * config.seed
+        found = probe.probe_shapes(encoder, settings, config.probe_clips, first, shots)
         for kind, values in found.items():
             numbers |= {f"{kind} {factor}": value for factor, value in values.items()}
 
@@ -87,6 +94,8 @@ def one_run(flags, shots):
     fixed = (*train.NOT_COMPUTED, "objective", "seed")
     changed = {name: value for name, value in settings.items()
                if value != getattr(train.Config, name) and name not in fixed}
+    if fresh:
+        changed["fresh"] = True
     name = folder.name.rpartition("-seed")[0]
     write_json(folder / "study.json", {
         "name": name, "seed": config.seed, "flags": changed, "commit": commit,
@@ -165,7 +174,10 @@ def sweep(flags, train_flags):
     jobs = flags.jobs or (os.cpu_count() if on_cpu else 1)
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if on_cpu else {})
     child = [sys.executable, __file__, f"--with={flags.own}",
-             f"--shots={','.join(map(str, flags.shots))}", "--child"]
+             f"--shots={','.join(map(str, flags.shots))}"]
+    if flags.fresh:
+        child.append("--fresh")
+    child.append("--child")
     out.mkdir(parents=True, exist_ok=True)
     finished = [run for run in runs if (run / "study.json").exists()]
     for run in finished:
@@ -247,6 +259,17 @@ def p_value(values):
     """Of a two-sided t-test that the mean of values [n], n >= 2, is zero."""
     angle = math.atan2(abs(np.mean(values)), np.std(values))
     return 1 - float(np.interp(angle, *t_distribution(len(values) - 1)))
+
+
+def sign_flip_p(values):
+    """Of an exact two-sided test that values [n] are symmetric about zero: the share of all 2^n
+    ways to flip their signs whose mean lies at least as far from zero as that of the values."""
+    values = np.asarray(values, float)
+    sums = np.zeros(1)
+    for value in values:
+        sums = np.concatenate((sums + value, sums - value))
+    rounding = 1e-9 * np.abs(values).sum()
+    return float((np.abs(sums) >= abs(values.sum()) - rounding).mean())
 
 
 def holm(p_values):
@@ -445,6 +468,36 @@ def difference_table(table, reference, titles, label, only):
     markdown(titles.values(), rows)
 
 
+PRIMARY = (("fwm_hw_ld", "hw_ld"), ("fwm_hw_ld", "baseline"))
+SECONDARY = (("fwm_ld", "ld"), ("fac", "ac"), ("ld", "baseline"))
+
+
+def confirm(paths):
+    """Print the comparisons of the confirmation: in all motion together and in appearance, at 5
+    labels. The primary ones by exact sign flips over seeds, Holm over all; the secondary ones
+    uncorrected."""
+    table = read_results(*paths)
+    there = columns_of(table)
+    together = [f"5 {[*world.classes][-1]}" for world in WORLDS.values()]
+    columns = [column for column in (*together, "5 appearance") if column in there]
+    print("Difference in points at 5 labels per class: mean ± half the 95 % interval over "
+          "training seeds\n(Student's t, not corrected); p: exact sign flips over seeds\n")
+    for about, pairs in (("primary", PRIMARY), ("secondary", SECONDARY)):
+        rows = {}
+        for (name, reference), column in itertools.product(pairs, columns):
+            if about == "primary" or {name, reference} <= {*table}:
+                values = differences(table, reference, [column], name)[name, column]
+                rows[f"{name} - {reference}, {column.split()[1]}"] = values
+        p_values = {row: sign_flip_p(values) for row, values in rows.items()}
+        for row, values in rows.items():
+            verdict = "not corrected"
+            if about == "primary":
+                holds = "stands" if row in holm(p_values) else "does not stand"
+                verdict = f"{holds} (Holm over {len(rows)})"
+            print(f"{about}: {row}: {np.mean(values):+.1f} ± {interval(values):.1f}, "
+                  f"p = {p_values[row]:.2g}, {len(values)} seeds: {verdict}")
+
+
 def answer(paths):
     """Print the primary comparisons, fixed before the runs, and the trade-off of motion with
     appearance."""
@@ -589,10 +642,13 @@ def parse(arguments):
     add("--jobs", type=number(1), help="runs side by side [one per CPU core; on a GPU 1]")
     add("--shots", type=numbers(1), default=[probe.LABELS],
         help="labels per class of the few-label probes")
+    add("--fresh", action="store_true",
+        help="each seed is probed on clips and draws of labels of its own")
     add("--table", nargs="+", metavar="RESULTS")
     add("--reference", help="what the table's differences are from [baseline]")
     add("--rows", type=lambda text: text.split(","), help="of the table; all by default")
     add("--answer", nargs="+", metavar="RESULTS")
+    add("--confirm", nargs="+", metavar="RESULTS")
     add("--agree", nargs=2, metavar="RESULTS")
     add("--compare", nargs="+", metavar="RESULT")
     add("--gradients", action="store_true")
@@ -602,11 +658,11 @@ def parse(arguments):
         parser.error(f"--with takes a Python file, NAME.py, not {flags.own}")
     if others and not flags.objective:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
-    asked = (flags.objective, flags.table, flags.answer, flags.agree, flags.compare,
-             flags.gradients, flags.child)
+    asked = (flags.objective, flags.table, flags.answer, flags.confirm, flags.agree,
+             flags.compare, flags.gradients, flags.child)
     if not any(asked):
-        parser.error("say what to do: --objective, --table, --answer, --agree, --compare or "
-                     "--gradients")
+        parser.error("say what to do: --objective, --table, --answer, --confirm, --agree, "
+                     "--compare or --gradients")
     return flags, others
 
 
@@ -617,13 +673,15 @@ def main(arguments=None):
         spec = importlib.util.spec_from_file_location(Path(flags.own).stem, flags.own)
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     if flags.child:
-        return one_run(flags.child, flags.shots)
+        return one_run(flags.child, flags.shots, flags.fresh)
     if flags.objective:
         return sweep(flags, train_flags)
     if flags.table:
         return tables(flags.table, flags.reference, flags.rows)
     if flags.answer:
         return answer(flags.answer)
+    if flags.confirm:
+        return confirm(flags.confirm)
     if flags.agree:
         return agree(*flags.agree)
     if flags.compare:

@@ -44,6 +44,16 @@ def test_the_p_value_is_student_ts_on_both_sides(count, t, p):
     assert study.p_value(values - shift) == pytest.approx(p, rel=1e-4)
 
 
+def test_sign_flips_are_counted_one_by_one():
+    draw = np.random.default_rng(0)
+    for values in (draw.normal(0.7, 1, 6), draw.normal(size=8), [1.0, 1.0, -1.0], np.ones(12)):
+        flipped = [abs(sum(sign * value for sign, value in zip(signs, values)))
+                   for signs in itertools.product((1, -1), repeat=len(values))]
+        extreme = sum(each >= abs(sum(values)) - 1e-9 for each in flipped)
+        assert study.sign_flip_p(values) == extreme / 2 ** len(values)
+    assert study.sign_flip_p(np.ones(12)) == 2 / 4096  # the least that 12 seeds can give
+
+
 def test_holm_rejects_step_by_step():
     """By hand: the smallest of m is held against 0.05 / m, the next against 0.05 / (m - 1), until one fails."""
     assert study.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == {"a", "d"}  # 0.03 > 0.025
@@ -213,6 +223,26 @@ def test_the_answer_is_four_comparisons_and_a_trade_off_that_counts_kinematic_ob
             assert re.search(rf"^{line}[\d.e-]+, 4 seeds: {stands}$", output, re.M), output
     # ld, hw, delta, fwm_hw_ld, and both kinematic ones as one, which are dead.
     assert re.findall(r"^(\w+ \d+): (\S+) ", output, re.M) == [("all 5", "-1.00"), ("living 4", "-1.00")]
+
+
+def test_the_confirmation_is_four_exact_comparisons_and_what_else_there_is(tmp_path, capsys):
+    """Over eight seeds fwm_hw_ld gains on the baseline in every one (p 2/256 < 0.05/4), and on
+    hw_ld in none; appearance is the same for all."""
+    wobble = np.array([0.0, 1.0, -1.0, 0.5, 2.0, -2.0, 1.5, 0.5])
+    motion = {"baseline": (50 + 0 * wobble).tolist(), "fwm_hw_ld": (60 + wobble).tolist(),
+              "hw_ld": (60 + wobble[::-1]).tolist(), "ld": (55 + wobble).tolist()}
+    path = write_lines(tmp_path / "results.jsonl", motion)
+    assert study.main(["--confirm", path]) == 0
+    lines = capsys.readouterr().out.splitlines()[3:]
+    assert [line.split(":")[:2] for line in lines] == [
+        ["primary", " fwm_hw_ld - hw_ld, motion"], ["primary", " fwm_hw_ld - hw_ld, appearance"],
+        ["primary", " fwm_hw_ld - baseline, motion"],
+        ["primary", " fwm_hw_ld - baseline, appearance"],
+        ["secondary", " ld - baseline, motion"], ["secondary", " ld - baseline, appearance"]]
+    stands = [line.endswith(": stands (Holm over 4)") for line in lines[:4]]
+    assert stands == [False, False, True, False] and "p = 0.0078, 8 seeds" in lines[2]
+    assert f"{cell(10 + wobble, 2.3646)}, p" in lines[2]
+    assert all(line.endswith("8 seeds: not corrected") for line in lines[4:])
 
 
 @pytest.mark.parametrize("flag", ["--answer", "--agree"])
@@ -389,12 +419,23 @@ def test_a_run_of_a_sweep_is_probed_and_the_untrained_one_has_the_weights_that_a
     monkeypatch.setattr(probe, "LINEAR", probe.LINEAR._replace(epochs=1))
     flags = [*TINY, "--frames", "4", "--probe-clips", "192", "--seed", "2"]
     run = tmp_path / "untrained-seed2"
-    assert study.main(["--shots", "1,2", "--child", "--objective=untrained", *flags, f"--out={run}"]) == 0
+    assert study.main(["--shots", "2", "--child", "--objective=untrained", *flags, f"--out={run}"]) == 0
     config, _ = train.parse(flags)
-    expected = probe.probe_shapes(train.build(config).encoder, vars(config), 192, shots=(1, 2))
+    expected = probe.probe_shapes(train.build(config).encoder, vars(config), 192, shots=(2,))
     line = json.loads((run / "study.json").read_text())
     assert (line["name"], line["seed"]) == ("untrained", 2)
-    assert line["numbers"] == {f"{k} {factor}": value for k in expected for factor, value in expected[k].items()}
+    assert line["numbers"] == {f"{k} {factor}": value
+                               for k in expected for factor, value in expected[k].items()}
+
+    # With --fresh, the clips and the draws of labels are those of the seed.
+    monkeypatch.setattr(probe, "HELD_OUT", probe.HELD_OUT)
+    fresh = ["--fresh", "--shots", "1", "--child", "--objective=untrained", *flags]
+    assert study.main([*fresh, f"--out={run}"]) == 0
+    shapes = [world.seed for world in probe.held_out(train.build(config).encoder, vars(config))]
+    assert shapes == [1_000_003 + 6, 1_000_003 + 7]
+    expected = probe.probe_shapes(train.build(config).encoder, vars(config), 192, 10, shots=(1,))
+    line = json.loads((run / "study.json").read_text())
+    assert line["numbers"]["1 motion"] == expected["1"]["motion"] and line["flags"]["fresh"]
 
 
 def test_a_run_on_blobs_is_probed_on_other_blobs(tmp_path, monkeypatch):
