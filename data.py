@@ -137,12 +137,14 @@ def open_video(path):
 
 def frame_rate(packets, stream):
     """Frames a second: by the usual distance of neighbours in time, so a pause does not count."""
-    distances = np.diff(sorted(each.pts for each in packets if each.pts is not None))
+    times = [each.pts for each in packets]
+    distances = np.sort(np.diff(np.sort([] if None in times else times)))
     distances = distances[distances > 0]
     if not len(distances):
         return float(stream.average_rate or 1)
-    median = np.median(distances)
-    usual = distances[abs(distances - median) <= median / 4].mean()  # whole ticks: 67, 67, 66, ...
+    median = distances[len(distances) // 2]
+    # The mean of those near it, since times come in whole ticks: 67, 67, 66, ...
+    usual = distances[abs(distances - median) <= median / 4].mean()
     return float(1 / (usual * stream.time_base))
 
 
@@ -157,19 +159,12 @@ def shown_times(packets, container, stream):
     # Frames are stored out of order, yet these are times of decoding.
     if times == sorted(times) and stream.codec_context.has_b_frames:
         return []
-    if guesses_times(container, stream, packets):
+    # AVI stores none of these times. A codec may then show frames in another order (two of them
+    # can even lie in one packet), and a packet of a few bytes may say that there is no frame.
+    if container.format.name == "avi" and (
+            stream.codec_context.has_b_frames or min(each.size for each in packets) < 10):
         return []
     return sorted(each.pts for each in packets if not each.is_cut)
-
-
-def guesses_times(container, stream, packets):
-    """Whether packets need not be frames in order: AVI stores no times, so its demuxer guesses.
-
-    The codec may show frames in another order (two of them can even lie in one packet), which some
-    decoders find out late; and a packet of a few bytes may say that there is no frame.
-    """
-    return container.format.name == "avi" and (
-        stream.codec_context.has_b_frames or min(each.size for each in packets) < 10)
 
 
 def find_by_time(container, stream, packets, numbers):
@@ -187,7 +182,9 @@ def find_by_time(container, stream, packets, numbers):
         last = frame.pts
         if frame.pts in numbers:
             found[numbers[frame.pts]] = upright(frame)
-    return {} if guesses_times(container, stream, packets) else found
+    if container.format.name == "avi" and stream.codec_context.has_b_frames:
+        return {}  # as the decoder found out on the way
+    return found
 
 
 @functools.lru_cache(maxsize=None)
@@ -206,9 +203,12 @@ def decode_all(path, size, modified):
 
 
 def find_by_number(path, packets, sums, keys, chosen):
-    """Frames counted from the key frame before them, {number: RGB picture}: the n-th that decoding
-    showed is taken for the n-th packet called so. Where a picture then differs from the one that
-    decoding from the start showed under its number, they are decoded from the start."""
+    """Frames counted from the key frame before them, {number: RGB picture}.
+
+    The n-th key frame that decoding showed is taken for the n-th packet called so. Where a picture
+    then differs from the one that decoding from the start has shown under its number, or a frame
+    is missing, all are decoded from the start.
+    """
     starts = [each.dts for each in packets if each.is_key and not each.is_cut]
     before = sum(key <= chosen[0] for key in keys)
     places = [(0, None)]
@@ -269,7 +269,7 @@ def upright(frame):
     """A decoded frame as uint8 [H, W, 3], RGB, mirrored and turned by quarters as its display
     matrix says."""
     picture = frame.to_ndarray(format="rgb24", threads=1)
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    matrix = frame.side_data.get("DISPLAYMATRIX") if frame.side_data else None
     if matrix is not None:
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5] / 65536  # x' = ax + cy, y' = bx + dy
         if a * d < b * c:

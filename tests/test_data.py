@@ -194,6 +194,210 @@ def test_containers_that_are_wrong_about_their_frames(tmp_path, monkeypatch, nam
     assert rate == pytest.approx(25, rel=0.06) and (count == len(numbers) if numbers else 1 < count < 40)
 
 
+def moving(count, size=(48, 64)):
+    """Pictures [H, W, 3] that all differ and that any codec can hold."""
+    for i in range(count):
+        frame = np.full((*size, 3), 30, np.uint8)
+        frame[10:34, 2 * i:2 * i + 14] = 220
+        yield frame
+
+
+# Every codec that PyAV can write here with the pixels that it takes, and every container.
+CODECS = {"libx264": "yuv420p", "libx265": "yuv420p", "mpeg4": "yuv420p", "mpeg2video": "yuv420p",
+          "mpeg1video": "yuv420p", "msmpeg4": "yuv420p", "wmv2": "yuv420p", "flv": "yuv420p",
+          "libvpx": "yuv420p", "libvpx-vp9": "yuv420p", "mjpeg": "yuvj420p", "cfhd": "yuv422p10le",
+          "qtrle": "rgb24", "msvideo1": "rgb555le", "rpza": "rgb555le", "svq1": "yuv410p",
+          "flashsv": "bgr24", "zmbv": "bgr0", "cinepak": "rgb24", "ffv1": "yuv420p",
+          "prores": "yuv422p10le", "huffyuv": "rgb24", "png": "rgb24"}
+CONTAINERS = (".mp4", ".mov", ".mkv", ".avi", ".ts", ".mpg", ".flv", ".wmv", ".webm", ".ogv")
+
+
+def write_plainly(path, codec, pixels, count=14):
+    """False where the container or the build does not take the codec."""
+    try:
+        with av.open(str(path), "w") as output:
+            stream = output.add_stream(codec, rate=25)
+            stream.height, stream.width, stream.pix_fmt = 48, 64, pixels
+            stream.codec_context.gop_size, stream.codec_context.thread_count = 5, 1
+            if codec in ("libx264", "mpeg4", "mpeg2video"):
+                stream.codec_context.max_b_frames = 2
+            if codec == "libx265":
+                stream.options = {"x265-params": "keyint=5:bframes=2:log-level=none:pools=1"}
+            for frame in moving(count):
+                output.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            output.mux(stream.encode(None))
+    except (av.FFmpegError, ValueError):
+        return False
+    return True
+
+
+def decoded_plainly(path):
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+@pytest.mark.parametrize("suffix", CONTAINERS)
+def test_any_window_of_any_codec_is_what_plain_decoding_shows(tmp_path, suffix):
+    """Nothing is refused, whether or not its decoder marks key frames or its container knows the
+    order of frames."""
+    written = 0
+    for codec, pixels in CODECS.items():
+        path = tmp_path / f"{codec}{suffix}"
+        if path.name == "rpza.wmv" or not write_plainly(path, codec, pixels):
+            continue  # of that one neither container nor decoder says where it may begin
+        try:
+            plain = decoded_plainly(path)
+        except (av.FFmpegError, IndexError):
+            continue  # written, but a player cannot read it either
+        if not plain:
+            continue
+        written += 1
+        frames, count, rate = read_video(path, lambda count, rate: range(count))
+        assert count == len(plain) and (frames == plain).all(), path.name
+        assert rate == pytest.approx(25, rel=0.02), path.name
+        for chosen in [[i] for i in range(count)] + [[i, i + 2, i + 3] for i in range(count - 3)]:
+            found = read_video(path, lambda count, rate: chosen).frames
+            assert (found == frames[chosen]).all(), (path.name, chosen)
+    assert written
+
+
+def write_packed(path, count=43):
+    """XviD's way with up to two B frames: of each group the first shares the packet of the frame
+    that it needs, and a frame "not coded" ends the group."""
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("mpeg4", rate=25,
+                                   options={"g": "12", "bf": "2", "b_strategy": "0"})
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.codec_context.flags &= ~av.codec.context.Flags.global_header.value
+        packets = [packet for frame in moving(count // 2) for packet in stream.encode(
+            av.VideoFrame.from_ndarray(frame, format="rgb24"))] + stream.encode(None)
+        mark, groups = b"\0\0\1\xb6", []
+        for packet in packets:
+            content, is_key = bytes(packet), packet.is_keyframe
+            start = content.index(mark)
+            if is_key:
+                content = content[:start] + b"\0\0\1\xb2DivX503b1393p" + content[start:]
+            if content[content.index(mark) + 4] >> 6 == 2:
+                groups[-1].append((content, False))
+            else:
+                groups.append([(content, is_key)])
+        written = []
+        for (first, is_key), *others in groups:
+            if not others:
+                written.append((first, is_key))
+                continue
+            written += [(first + others[0][0], is_key), *others[1:],
+                        (mark + bytes([0b01010000, 0b01001111]), False)]
+        for i, (content, is_key) in enumerate(written):
+            packet = av.Packet(content)
+            packet.stream, packet.time_base = stream, Fraction(1, 25)
+            packet.is_keyframe, packet.pts, packet.dts = is_key, i, i
+            output.mux(packet)
+
+
+def write_not_coded(path):
+    """MPEG-4 without B frames, where every fifth packet says that there is no frame."""
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("mpeg4", rate=25, options={"g": "6"})
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        place = 0
+        for frame in moving(20):
+            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
+                contents = [(bytes(packet), packet.is_keyframe)]
+                if place % 5 == 3:
+                    contents.append((b"\0\0\1\xb6" + bytes([0b01010000, 0b01001111]), False))
+                for content, is_key in contents:
+                    packet = av.Packet(content)
+                    packet.stream, packet.time_base = stream, Fraction(1, 25)
+                    packet.is_keyframe, packet.pts, packet.dts = is_key, place, place
+                    output.mux(packet)
+                    place += 1
+
+
+@pytest.mark.parametrize("write", [write_packed, write_not_coded])
+def test_where_packets_are_not_frames_any_window_is_what_plain_decoding_shows(tmp_path, write):
+    write(tmp_path / "a.avi")
+    plain = decoded_plainly(tmp_path / "a.avi")
+    assert len(plain) > 15
+    for start in range(len(plain)):
+        for chosen in ([start], [*range(start, len(plain))][:8:2], [*range(start, len(plain))][:8]):
+            found = read_video(tmp_path / "a.avi", lambda count, rate: chosen)
+            assert found.count == len(plain)
+            assert (found.frames == [plain[i] for i in chosen]).all(), chosen
+
+
+def test_a_window_is_decoded_from_a_key_frame_near_it(tmp_path, monkeypatch):
+    """Wherever frames are looked up by time or number: at most two groups of frames are decoded."""
+    decoded = Counter()
+
+    def counted(*how, decode=data.decode):
+        for frame in decode(*how):
+            decoded["frames"] += 1
+            yield frame
+    monkeypatch.setattr(data, "decode", counted)
+    kinds = {"a.mp4": G16, "a.ts": G16, "a.mkv": G16, "a.flv": G16, "a.mpg": dict(codec="mpeg2video",
+             options={"g": "16", "bf": "2"}), "cut.mp4": G16, "b.avi": dict(codec="mpeg4",
+             options={"g": "16", "bf": "2"})}
+    for name, how in kinds.items():
+        path = tmp_path / name
+        write_video(path, 160, size=(48, 64), **how)
+        if name == "cut.mp4":
+            edited(cut_away)(path)
+        numbers = numbers_in(path, [0])  # what is remembered of a file is remembered now
+        for start in (17, 75, 120):
+            decoded.clear()
+            assert numbers_in(path, [start, start + 3]) == [numbers[0] + start, numbers[0] + start + 3]
+            assert decoded["frames"] <= 36, (name, start)
+
+
+def test_a_gif_whose_frames_cannot_be_told_apart_is_refused_in_a_sentence(tmp_path):
+    pictures = [Image.fromarray(picture(i, 64, 64)) for i in range(6)]
+    for name, mode in (("bare.gif", "1"), ("whole.gif", "L")):
+        first, *others = [each.convert(mode) for each in pictures]
+        first.save(tmp_path / name, save_all=True, append_images=others)
+    assert size_of(tmp_path / "whole.gif")[0] == 6
+    with pytest.raises(Unreadable, match="bare.gif: of its 6 frames only 1 can be told apart; save"):
+        size_of(tmp_path / "bare.gif")
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_a_pause_does_not_change_the_rate(tmp_path, suffix):
+    times = [40 * i + 5000 * (i > 20) for i in range(40)]
+    write_video(tmp_path / f"a{suffix}", 40, dict([(".mp4", "libx264"), (".webm", VP9)])[suffix],
+                times=times)
+    assert size_of(tmp_path / f"a{suffix}") == (40, pytest.approx(25, rel=0.01))
+
+
+def test_recordings_are_turned_and_mirrored_as_their_display_matrix_says(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_video(path, 3, size=(64, 96), options={"crf": "5"})
+    content = path.read_bytes()
+    unit = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
+    place = content.index(unit, content.index(b"tkhd"))
+    stored = read_video(path, lambda count, rate: [1]).frames[0]
+    for quarters in range(4):
+        for mirrored in (False, True):
+            for degrees in (-2, 0, 2):
+                angle = math.radians(90 * quarters + degrees)
+                a, b, c, d = math.cos(angle), math.sin(angle), -math.sin(angle), math.cos(angle)
+                if mirrored:
+                    a, b = -a, -b
+                matrix = [round(65536 * each) for each in (a, b, 0, c, d, 0, 0, 0)] + [1 << 30]
+                path.write_bytes(content[:place] + struct.pack(">9i", *matrix)
+                                 + content[place + 36:])
+                shown = read_video(path, lambda count, rate: [1]).frames[0]
+                expected = stored[:, ::-1] if mirrored else stored
+                assert (shown == np.rot90(expected, -quarters)).all(), (quarters, mirrored, degrees)
+
+
+@pytest.mark.parametrize("name, codec, muxer", [("a.hevc", "libx265", "hevc"), ("a.ivf", VP9, "ivf"),
+                                                ("a.mxf", "mpeg2video", "mxf")])
+def test_a_format_that_is_not_opened_is_named_as_such(tmp_path, name, codec, muxer):
+    write_video(tmp_path / name, 5, codec, format=muxer)
+    with pytest.raises(Unreadable, match=f"{name}: its format is none .* opened: mov, matroska"):
+        size_of(tmp_path / name)
+
+
 def test_nothing_outside_the_way_from_the_key_frame_is_decoded(tmp_path):
     """All packets but the first and those from a window's key frame on are spoilt, and the window never notices."""
     path = tmp_path / "holes.mp4"
@@ -433,6 +637,18 @@ def test_training_crops_follow_their_law():
     assert not torch.equal(source.clip(0, generator(5)), source.clip(0, generator(6)))
 
 
+def test_crops_are_those_that_torchvision_draws():
+    """Draw for draw, and for pictures so long that no drawn crop fits."""
+    from torchvision.transforms import RandomResizedCrop
+    for seed in range(200):
+        sides = [(240, 320), (320, 240), (50, 1000), (1000, 20), (7, 5)][seed % 5]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            expected = RandomResizedCrop.get_params(torch.empty(3, *sides), scale=[0.3, 1.0],
+                                                    ratio=[0.75, 1.35])
+        assert data.random_crop(*sides, generator(seed)) == tuple(expected)
+
+
 def bilinear(pictures, height, width):
     """Pictures [..., H, W] between their four nearest pixels, whose centres lie at halves; the border continues."""
     def weights(n, count):
@@ -657,6 +873,21 @@ def test_a_folder_of_your_own(tmp_path):
     assert data.own_videos(own).paths == sorted(there)
     (tmp_path / "elsewhere" / "back").symlink_to(own)  # and so on without end
     assert data.own_videos(own).paths == sorted(there)
+
+
+def test_a_folder_with_a_sub_folder_for_each_class_gives_labels(tmp_path):
+    paths = touch(tmp_path, "b/1.mp4", "b/2.webm", "a/3.mp4", "c d/4.avi")
+    assert data.own_videos(tmp_path) == (sorted(paths), [0, 1, 1, 2])
+    (touch(tmp_path, "5.mp4")[0]).unlink()
+    touch(tmp_path, "a/deep/6.mp4")
+    assert data.own_videos(tmp_path).labels is None
+
+
+def test_every_third_clip_of_a_class_is_held_out():
+    split = data.Split([f"{i}.mp4" for i in range(10)], [0, 1, 0, 0, 1, 1, 0, 0, 0, 2])
+    train, test = data.hold_out(split)
+    assert test == (["3.mp4", "5.mp4", "8.mp4"], [0, 1, 0])
+    assert sorted(train.paths + test.paths) == split.paths and len(train.labels) == 7
 
 
 @pytest.mark.parametrize("content, message", [
