@@ -483,12 +483,33 @@ def training_sources(config):
     return sources, list(shares.values())
 
 
+def labelled_clips(config):
+    """Clips of your own to probe, [to learn from, to be tested on], where --data has labels and the
+    run measures anything; else None. The run itself trains on all of --data, without labels."""
+    if not config.data or not (config.probe_clips or config.probe_every):
+        return None
+    splits = [data.own_videos(path) for path in (config.data, config.test_list) if path]
+    labels = [label for split in splits for label in split.labels or []]
+    if config.test_list and None in [split.labels for split in splits]:
+        raise ValueError("--data and --test-list both need a label behind each path")
+    if labels and max(labels) >= probe.MOST_CLASSES:
+        raise ValueError(f"{max(labels)} is no label: they number the classes from 0; give "
+                         "--probe-clips 0 to train without probes")
+    if labels and not config.test_list:
+        splits = data.hold_out(*splits)
+    if not labels or not splits[1].paths:
+        return None
+    return [data.Clips(*split, config.frames, config.crop) for split in splits]
+
+
 def prepare(config, rank, ranks, device):
     """The trainer and its batches. What can be refused without a run folder is refused here."""
     # The micro-batch in force decides masks and statistics: all that a checkpoint says includes it.
     config.micro_batch = config.micro_batch or max(1, config.batch // ranks)
-    sources = training_sources(config)  # before the networks, which take seconds
+    # Before the networks, which take seconds: a wrong path is said at once.
+    sources, labelled = training_sources(config), labelled_clips(config)
     trainer = Trainer(config, device, ranks)
+    trainer.labelled = labelled
     make_masks = functools.partial(draw_masks, grid=config.grid, masking=trainer.objective.masking)
     batches = data.Batches(*sources, config, make_masks, rank, ranks)
     clips = torch.zeros(batches.size, 3, config.frames, config.crop, config.crop, dtype=torch.uint8)
@@ -803,13 +824,23 @@ def finish(trainer, folder):
     if config.probe_clips:
         encoders = {"untrained": build(config).encoder.to(trainer.device),
                     "trained": getattr(trainer.model, trainer.evaluated)}
+        own, count = trainer.labelled, config.probe_clips
         # Blocks would be compiled again for the probes' shapes.
         with torch.compiler.set_stance("force_eager"):
             for name, encoder in encoders.items():
-                found[name] = probe.probe_shapes(encoder, asdict(config), config.probe_clips,
-                                                 about=f"{name} encoder")
-        probe.show_shapes(found, config.probe_clips, config.world)
-        if config.data or config.root:
+                about = f"{name} encoder"
+                if own:
+                    found[name] = probe.probe_own(encoder, own, about, count, config.workers)
+                else:
+                    found[name] = probe.probe_shapes(encoder, asdict(config), count, about=about)
+        if own:
+            probe.show_own(found, own, count)
+            if not config.test_list:
+                print("Held out from the heads: every third clip of a class, in the list's order. "
+                      "The encoder has seen it, without its label.")
+        else:
+            probe.show_shapes(found, count, config.world)
+        if not own and (config.data or config.root):
             print("These clips are generated, not yours; probe.py reads yours.")
         if collapsed(last):
             print("The features have collapsed: what the probes say of the trained encoder means "
