@@ -645,10 +645,10 @@ def report(trainer, row, bar):
     trainer.metrics = with_line(trainer.metrics, row)
     write_file(folder / "metrics.csv", trainer.metrics.encode())
 
-    shown = {"total": row["total"], "rank": row["effective_rank"], "std": row["feature_std"]}
+    parts = [f"total={row['total']:.3g}", f"rank={row['effective_rank']:.3g}",
+             f"std={row['feature_std']:.2g}"]
     for line in lines_of(trainer.probes)[-1:]:
-        shown |= {name: float(value) for name, value in line.items() if name != "step"}
-    parts = [f"{name}={value:.3g}" for name, value in shown.items()]
+        parts += [f"{name}={float(line[name]):.0f}%" for name in line if name != "step"]
     # Workers are ahead of this step, and after a resume they meet the same files again.
     broken, failed = folder / "unreadable.txt", 0
     if broken.exists():
@@ -755,7 +755,7 @@ def run_steps(trainer, batches, start, rank):
     step, stopping = config.steps - 1, 0
     bar = tqdm(total=config.steps, initial=start, ncols=100, file=sys.stdout,
                disable=True if rank else None,  # None: where there is no terminal
-               bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
+               bar_format="{n_fmt}/{total_fmt} steps [{elapsed}<{remaining}]{postfix}")
     clips = data.loader(batches, start, config.workers, trainer.device)
     with StopSignal() as stop, bar:
         for step, micro_batches in enumerate(clips, start):

@@ -1,4 +1,4 @@
-"""What all tests share: one thread, the study's datasets, and commands that run beside the tests until one of them asks
+"""What all tests share: one thread, the paper's datasets, and commands that run beside the tests until one of them asks
 for the outcome."""
 import multiprocessing
 import os
@@ -42,7 +42,7 @@ def pytest_collection_finish(session):
 
 @pytest.fixture(scope="session")
 def miniature(tmp_path_factory):
-    """The folder of the study's four datasets, in a few clips."""
+    """The folder of the paper's four datasets, in a few clips."""
     root = tmp_path_factory.mktemp("four datasets")
     write_datasets(root)
     return root
@@ -52,7 +52,7 @@ def miniature(tmp_path_factory):
 def finished(request):
     """The test's command after its successful end: its output, and the folder that OUT stood for."""
     process, folder = STARTED[request.node.nodeid]
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate()
     assert process.returncode == 0, errors
     yield output, Path(folder.name)
     folder.cleanup()
@@ -60,14 +60,11 @@ def finished(request):
 
 @pytest.fixture(scope="session")
 def exit_status():
-    """Runs a function in a process of its own, a fork of this one, which may be killed; gives how it ended, or None."""
+    """Runs a function in a process of its own, a fork of this one, which may be killed; gives how it ended."""
     def run(function):
         process = multiprocessing.get_context("fork").Process(target=function)
         process.start()
-        deadline = time.monotonic() + 60
-        while process.exitcode is None and time.monotonic() < deadline:  # join would wait for its children, too
+        while process.exitcode is None:  # join would wait for its children, too
             time.sleep(0.01)
-        status = process.exitcode
-        process.kill()
-        return status
+        return process.exitcode
     return run

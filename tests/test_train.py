@@ -2,6 +2,7 @@
 import csv
 import errno
 import functools
+import io
 import json
 import os
 import re
@@ -12,13 +13,16 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageColor
 from torch.profiler import ProfilerActivity, profile
 
 import data
@@ -142,17 +146,20 @@ def test_the_target_is_the_closed_form_of_the_moving_average(objective, released
         assert not torch.equal(encoder.get_parameter(name).double(), beginning[name])
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_runs_and_is_evaluated_on_the_right_encoder(tmp_path, name):
-    assert train.main(["--objective", name, *QUICK, "--steps", "2", "--out", str(tmp_path / "run")]) == 0
-    checkpoint = probe.load_checkpoint(tmp_path / "run" / "last.pt")
-    assert checkpoint["evaluated"] == ("target" if OBJECTIVES[name].ema else "encoder")
-    assert released_form(OBJECTIVES[name]).evaluated == "target"
-    header, *lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
-    terms = ["pred", "ctx", *OBJECTIVES[name].terms, "total"] + ["hard_share"] * ("hw" in OBJECTIVES[name].terms)
-    rest = ["grad_norm", "lr", "ema", "ctx_weight", "effective_rank", "feature_std"]
-    assert header.split(",") == ["step", *terms, *rest]
-    assert [line.split(",")[0] for line in lines] == ["0", "1"]
+def test_every_objective_steps_logs_its_terms_and_is_evaluated_on_the_right_encoder():
+    generator = torch.Generator().manual_seed(0)
+    for name, objective in OBJECTIVES.items():
+        trainer = train.Trainer(train.parse(["--objective", name, *QUICK])[0], CPU)
+        clips = torch.randint(256, (4, 3, 8, 16, 16), dtype=torch.uint8, generator=generator)
+        masks = objectives.draw_masks(clips, generator, generator, (4, 4, 4), objective.masking)
+        row = trainer.row(0, *trainer.step(0, [(clips, masks)]))
+        terms = ["pred", "ctx", *objective.terms, "total"]
+        if "hw" in objective.terms:
+            terms.append("hard_share")
+        rest = ["grad_norm", "lr", "ema", "ctx_weight", "effective_rank", "feature_std"]
+        assert [*row] == ["step", *terms, *rest] and trainer.healthy
+        assert trainer.evaluated == ("target" if objective.ema else "encoder")
+        assert released_form(objective).evaluated == "target"
 
 
 @pytest.mark.parametrize("flags, evaluated", [(["--ema", "1"], "encoder"), (["--ema", "0"], "target"),
@@ -401,12 +408,17 @@ METRICS_DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", METRICS_DAMAGES)
-def test_metrics_that_are_damaged_or_missing_are_made_whole_from_the_checkpoint(half, uninterrupted, damage):
+def test_metrics_that_are_damaged_or_missing_are_made_whole_from_the_checkpoint(half, uninterrupted):
+    """As soon as the run goes on: its first step is interrupted here."""
     folder, flags = half
-    METRICS_DAMAGES[damage](folder / "metrics.csv")
-    assert train.main([*flags, "--resume"]) == 0
-    assert (folder / "metrics.csv").read_bytes() == uninterrupted
+    checkpoint = (folder / "last.pt").read_bytes()
+    whole = b"".join(uninterrupted.splitlines(keepends=True)[:5])  # heading, steps 0 to 3
+    for damage in METRICS_DAMAGES.values():
+        damage(folder / "metrics.csv")
+        with at_step(4, raising(KeyboardInterrupt())):
+            assert train.main([*flags, "--resume"]) == 130
+        assert (folder / "metrics.csv").read_bytes() == whole
+        assert (folder / "last.pt").read_bytes() == checkpoint
 
 
 def test_a_folder_that_holds_a_run_is_never_overwritten(half, capsys, monkeypatch):
@@ -482,7 +494,7 @@ def test_one_two_and_four_ranks_have_the_mean_gradient_of_the_micro_batches_alon
     """In float64; sigreg spans ranks. The totals are logged in float32."""
     differences = {name: [float(value) for value in values.split()]
                    for name, values in re.findall(r"^(\w+)((?: \d\.\de[-+]\d+){6})$", finished[0], re.M)}
-    assert differences.keys() == OBJECTIVES.keys()
+    assert len(differences) == 7
     for name, (*gradients, one, two, four) in differences.items():
         assert max(gradients) < 1e-9 and max(one, two, four) < 1e-6, name
     for rank in (0, 1):  # two processes may write into one line
@@ -575,6 +587,8 @@ def test_a_list_that_gives_no_clip_is_one_sentence(tmp_path, content, sentence, 
     "--lr nan": "argument --lr: nan is not from 0 to",
     "--ema 1.5": "argument --ema: 1.5 is not from 0 to 1",
     "--seed 4294967296": "argument --seed: 4294967296 is not from 0 to 4294967295",
+    "--world mars": "there is no 'mars'; choose from default",
+    "--test-list a.csv": "--test-list needs --data",
     "--frames 2": "2 frames in tubelets of 2 give fewer than 2 time steps",
     "--probe-clips 20": "give at least 192",
     "--preset ucf101": "--preset ucf101 needs --root DIR",
@@ -694,11 +708,147 @@ def test_a_table_of_collapsed_features_or_beside_your_own_videos_says_so(tmp_pat
     assert ("These clips are generated, not yours" in output) != dead
 
 
+# ---------------------------------------------------------------- probes, curves, what a run says
+
+
+@pytest.fixture
+def weighed(monkeypatch):
+    """The probe along a run is replaced by numbers that depend on the weights alone, to the bit."""
+    def weigh(encoder, config, sources=None):
+        torch.rand(())  # and on no random number that the run draws
+        return {"motion": sum(p.double().sum().item() for p in encoder.parameters())}
+    monkeypatch.setattr(probe, "along", weigh)
+
+
+def test_probes_along_a_run_change_nothing_and_survive_a_signal(tmp_path, uninterrupted, weighed):
+    """Steps 0, 5, 10 and the last. Drawn again with curves.png at every checkpoint."""
+    found = {}
+    for stop in (99, 7):
+        flags = [*SIGREG, "--probe-every", "5", "--out", str(tmp_path / str(stop))]
+        with signal_at(stop, signal.SIGTERM):
+            train.main(flags)
+        assert stop == 99 or train.main([*flags, "--resume"]) == 0
+        assert (tmp_path / str(stop) / "metrics.csv").read_bytes() == uninterrupted
+        found[stop] = (tmp_path / str(stop) / "probes.csv").read_text()
+    assert found[7] == found[99]
+    header, *lines = found[99].splitlines()
+    assert header == "step,motion" and [line.split(",")[0] for line in lines] == ["0", "5", "10", "11"]
+    curves = [(tmp_path / str(stop) / "curves.png").read_bytes() for stop in found]
+    assert curves[0] == curves[1]
+
+
+def test_the_true_probe_leaves_the_runs_random_numbers_alone():
+    trainer = train.Trainer(train.parse(QUICK)[0], CPU)
+    before = torch.get_rng_state()
+    probe.along(trainer.model.target, vars(trainer.config))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("connected", [False, True])
+def test_points_and_lines_lie_where_their_values_say(tmp_path, connected):
+    """A panel's frame begins at (60, 60); the second one lies 520 pixels lower, on its own scale."""
+    panels = {"one": {"a": ([0, 4], [-1, 3]), "b": ([1], [3])}, "two": {"c": ([0, 2], [5, 5])}}
+    train.plot(panels, tmp_path / "x.png", connected, size=(400, 400))
+    image = Image.open(tmp_path / "x.png").convert("RGB")
+    a, b = map(ImageColor.getrgb, train.COLOURS[:2])
+
+    def around(x, y):
+        return {image.getpixel((x + dx, y + dy)) for dx in (-1, 0, 1) for dy in (-1, 0, 1)}
+    for place in ((60, 460), (460, 60), (60, 580), (460, 580)):
+        assert a in around(*place)
+    assert (a in around(260, 260)) == connected and (b in around(160, 60)) == (not connected)
+
+
+def test_curves_show_losses_probes_and_the_threshold_of_collapse(tmp_path, weighed):
+    assert train.main([*QUICK, "--probe-every", "1", "--out", str(tmp_path / "run")]) == 0
+    image = np.array(Image.open(tmp_path / "run" / "curves.png"))
+    assert image.shape == (3 * (240 + 120), 600 + 300, 3)
+    for panel, lines in zip(np.split(image, 3), (3, 1, 2)):  # pred, ctx, total; motion; std, threshold
+        colours = map(ImageColor.getrgb, train.COLOURS[:5])
+        drawn = [(panel[60:301, 61:660] == colour).all(-1).sum() > 20 for colour in colours]
+        assert drawn == [True] * lines + [False] * (5 - lines)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_bar_fits_100_columns_counts_steps_and_shows_the_collapse_meter(tmp_path, monkeypatch):
+    found = {"direction": 12.5, "motion": 99.9999, "appearance": 100.0}
+    monkeypatch.setattr(probe, "along", lambda *_: found)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    flags = [*QUICK, "--objective", "fwm_hw_ld", "--probe-every", "3", "--out", str(tmp_path / "run")]
+    assert train.main(flags) == 0
+    shown = [line for line in re.split("[\r\n]", sys.stdout.getvalue()) if "/12 steps [" in line]
+    assert "12/12 steps [" in shown[-1] and max(map(len, shown)) <= 100
+    assert all(f" {name}=" in shown[-1] for name in ("total", "rank", "std", *found))
+
+
+def test_the_command_line_needs_no_torch(tmp_path):
+    """As a command: any import of torch or numpy would raise."""
+    for name in ("torch", "numpy"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
+    for flag, status, words in (("--help", 0, "optimisation:"), ("--lr=nan", 2, "argument --lr: nan is not")):
+        done = subprocess.run([sys.executable, "train.py", flag], cwd=ROOT, capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": str(tmp_path)})
+        assert done.returncode == status and words in done.stdout + done.stderr, flag
+    assert "example: python train.py" in subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+
+
+def test_what_stands_in_two_places_is_equal():
+    assert train.Config.max_broken == data.MAX_BROKEN
+
+
+def test_another_number_of_processes_goes_on_only_with_the_same_micro_batch(tmp_path):
+    for flags, fits in (([], False), (["--micro-batch", "2"], True)):
+        flags = [*QUICK, *flags, "--steps", "2", "--out", str(tmp_path / str(fits))]
+        assert train.main(flags) == 0
+        config, _ = train.parse(flags)
+        trainer, _ = train.prepare(config, 0, 2, CPU)
+        if fits:
+            assert train.open_run(config, trainer, True)["step"] == 2
+        else:
+            with pytest.raises(ValueError, match=r"different run \(micro_batch 4 there, 2 here\)"):
+                train.open_run(config, trainer, True)
+
+
+def test_a_run_in_a_thread_leaves_signals_alone(tmp_path):
+    results, before = [], signal.getsignal(signal.SIGTERM)
+    flags = [*QUICK, "--steps", "2", "--out", str(tmp_path / "run")]
+    thread = threading.Thread(target=lambda: results.append(train.main(flags)))
+    thread.start()
+    thread.join()
+    assert results == [0] and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_labelled_videos_of_your_own_end_with_their_table(tmp_path, videos, monkeypatch, capsys):
+    """By --test-list, or with every third clip of a class held out from the heads."""
+    paths = [line.split()[0] for line in (videos / "videos.csv").read_text().splitlines()]
+    lists = {"train": [0, 1, 2, 4, 5, 6], "test": [7, 2]}
+    for name, items in lists.items():
+        text = "".join(f"{videos / paths[item]} {item % 2}\n" for item in items)
+        (tmp_path / f"{name}.csv").write_text(text)
+    monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=2))
+    flags = [*QUICK, "--steps", "2", "--probe-clips", "192", "--data", str(tmp_path / "train.csv")]
+    for more, count in (([], 1), (["--test-list", str(tmp_path / "test.csv"), "--probe-every", "1"], 2)):
+        out = tmp_path / f"run{count}"
+        assert train.main([*flags, *more, "--out", str(out)]) == 0
+        output = capsys.readouterr().out
+        assert f"Top-1 % on {count} of your clips" in output and "clips of 6 videos" in output
+        assert ("every third clip of a class" in output) == (not more)
+        found = json.loads((out / "result.json").read_text())
+        assert [*found["trained"]["5"]] == [*found["untrained"]["linear"]] == ["class"]
+        assert (out / "probes.csv").exists() == bool(more)
+        if more:
+            assert (out / "probes.csv").read_text().startswith("step,class\n0,")
+
+
 # ------------------------------------------------------------------------------------------- the device, the README
 
 
-@pytest.mark.parametrize("ema", [True, False])
-def test_a_step_with_every_term_reads_nothing_back_from_the_device(monkeypatch, ema):
+def test_a_step_with_every_term_reads_nothing_back_from_the_device(monkeypatch, ema=True):
     """The device "meta" holds no numbers: to ask for one there, or to compute with tensors of the host, is an error."""
     options = {"ld": {"hard": True, "dynamics_only": True}}
     terms = {name: Term(1.0, options.get(name, {})) for name in objectives.TERMS}
