@@ -648,7 +648,7 @@ def report(trainer, row, bar):
     parts = [f"total={row['total']:.3g}", f"rank={row['effective_rank']:.3g}",
              f"std={row['feature_std']:.2g}"]
     for line in lines_of(trainer.probes)[-1:]:
-        parts += [f"{name}={float(line[name]):.0f}%" for name in line if name != "step"]
+        parts += [f"{name}={float(line[name]):.0f}" for name in line if name != "step"]
     # Workers are ahead of this step, and after a resume they meet the same files again.
     broken, failed = folder / "unreadable.txt", 0
     if broken.exists():
@@ -755,7 +755,7 @@ def run_steps(trainer, batches, start, rank):
     step, stopping = config.steps - 1, 0
     bar = tqdm(total=config.steps, initial=start, ncols=100, file=sys.stdout,
                disable=True if rank else None,  # None: where there is no terminal
-               bar_format="{n_fmt}/{total_fmt} steps [{elapsed}<{remaining}]{postfix}")
+               bar_format="{n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
     clips = data.loader(batches, start, config.workers, trainer.device)
     with StopSignal() as stop, bar:
         for step, micro_batches in enumerate(clips, start):
