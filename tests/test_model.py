@@ -302,6 +302,17 @@ def test_order_of_predicted_tokens_carries_no_meaning(predictor):
     torch.testing.assert_close(c_again, c[:, visible_order])
 
 
+@torch.no_grad()
+def test_predictions_at_masked_tokens_need_none_at_visible_ones(predictor):
+    grid, generator = (4, 3, 5), torch.Generator().manual_seed(10)
+    tokens = random_tokens(2, 20, grid, generator)
+    visible, masked = tokens[:, :8], tokens[:, 8:]
+    z = torch.randn(2, 8, 4 * SMALL.width, generator=generator, dtype=torch.float64)
+    p, c = predictor(z, visible, masked, grid, context=False)
+    assert c is None
+    torch.testing.assert_close(p, predictor(z, visible, masked, grid)[0], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("grid", GRIDS + [(2, 1, 1), (8, 2, 7)])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_networks_take_any_grid(grid, batch):

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from model import take
-from objectives import (HEADS, OBJECTIVES, TERMS, MaskKind, Masking, MaskOutputs, Outputs, Term, coefficients,
+from objectives import (HEADS, OBJECTIVES, TERMS, MaskKind, Masking, MaskOutputs, Outputs, Term, check_terms, coefficients,
                         context_loss, distance, distance_to_masked, draw_block_size, epps_pulley, hard_share, losses, make_heads, mean_over_pairs,
                         middle_pixels, motion_map, place_blocks, prediction_loss, released_form, sample_masks, without)
 from objectives import describe as describe_objective
@@ -773,6 +773,63 @@ def test_annealing_goes_by_epochs():
     at = {step: coefficients(OBJECTIVES["kinematic_anneal"], step, 30000)["kinematic"] for step in (0, 299, 300, 599)}
     assert at[0] == at[299] == 0.1
     assert at[300] == at[599] == pytest.approx(0.1 * 0.5 * (1 + math.cos(math.pi / 100)))
+
+
+FAULTY = {  # what is wrong with a term, and what the sentence says of it
+    "not in the table": (None, None, "'mine' that is not in TERMS; add its function"),
+    "no scalar": (lambda outputs: outputs.masks[0].z.mean(-1), None,
+                  r"gives \[2, \d+\] instead of a scalar"),
+    "a number": (lambda outputs: 3.0, None, "gives float instead of a scalar"),
+    "nothing": (lambda outputs: None, None, "gives NoneType instead of a scalar"),
+    "errors with channels": (
+        lambda outputs: mean_over_pairs(outputs, lambda at: (at.z_next - at.z).abs()), None,
+        r"its errors have the shape \[2, \d+, 12\] instead of \[2, \d+\]"),
+    "no head": (lambda outputs, head: head(outputs.h).mean(), None,
+                r"'head' \(it has no head; if it needs one, add HEADS\['mine'\]\)"),
+    "a narrow head": (lambda outputs, head: head(outputs.h).mean(), nn.Linear(5, 1).double(),
+                      "mat1 and mat2 shapes cannot be multiplied"),
+    "not a number": (lambda outputs: outputs.h.mean() * math.nan, None, "is nan on the first"),
+    "infinite": (lambda outputs: outputs.h.mean() / 0, None, "is -?inf on the first"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY)
+def test_a_faulty_term_is_named_in_one_sentence(monkeypatch, fault):
+    function, head, sentence = FAULTY[fault]
+    if function:
+        monkeypatch.setitem(TERMS, "mine", function)
+    objective = replace(OBJECTIVES["delta"], terms={"delta": Term(0.5), "mine": Term(1.0)})
+    with pytest.raises(ValueError, match=sentence) as raised:
+        check_terms(make_outputs((4, 3, 5), 2), objective, {"mine": head} if head else {})
+    assert "mine" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_the_check_passes_every_objective_and_changes_no_random_number():
+    outputs = make_outputs((4, 3, 5), 2)
+    for objective in OBJECTIVES.values():
+        heads = make_heads(objective, LEVEL_WIDTH).double()
+        before = torch.get_rng_state()
+        check_terms(outputs, objective, heads)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_predictions_at_visible_tokens_only_the_context_loss_is_missing():
+    outputs, objective = make_outputs((4, 3, 5), 2), OBJECTIVES["combo"]
+    weights = coefficients(objective, 0, 100)  # lambda is zero
+    whole = losses(outputs, objective, {}, weights)
+    masks = [mask._replace(c=None) for mask in outputs.masks]
+    short = losses(outputs._replace(masks=masks), objective, {}, weights)
+    assert whole.pop("ctx") > 0
+    assert short == whole
+
+
+def test_sigreg_weighs_the_same_however_a_step_is_shared():
+    """The count of a step's clips goes into the term, whatever part of them a micro-batch holds."""
+    outputs, values = make_outputs((4, 3, 5), 2), []
+    for groups in (1, 4):
+        torch.manual_seed(0)
+        values.append(TERMS["sigreg"](outputs._replace(groups=groups), directions=8))
+    torch.testing.assert_close(values[1], 4 * values[0])
 
 
 def test_terms_know_nothing_of_training():
