@@ -913,6 +913,9 @@ def test_foreign_weights_give_the_same_outputs_and_the_averaged_ones_come_first(
     (lambda weights: weights.update({"blocks.0.mlp.fc1.weight": torch.zeros(512, 64)}),
      ["blocks.0.mlp.fc1.weight", "[512, 64]", "[512, 128]"]),
     (lambda weights: weights.update({"video_mod_embed": 3}), ["video"]),
+    (lambda weights: [weights.pop(name) for name in list(weights) if "norms_block" in name or "mod" in name]
+     + [weights.update({"norm.weight": torch.ones(128), "norm.bias": torch.zeros(128)})],
+     ["weights of V-JEPA 2, which has one norm at its end; V-JEPA 2.1 is needed"]),
     (lambda weights: weights.update({"patch_embed.proj.weight": torch.zeros(1408, 3, 2, 16, 16)}), ["of a known size"]),
     (lambda weights: weights.pop("patch_embed.proj.weight"), ["patch_embed.proj.weight should be"]),
 ])
