@@ -23,28 +23,46 @@ def run(capsys, *flags):
     """What a call of the benchmark prints: text, and the ratios in it by name."""
     assert benchmark.main([*flags, *QUICK, "--rounds", "1"]) == 0
     output = capsys.readouterr().out
-    return output, {name: float(ratio) for name, ratio in re.findall(r"(.+): [\d.]+ ms, ([\d.]+) x ours\n", output)}
+    return output, {
+        name: float(ratio)
+        for name, ratio in re.findall(r"(.+): [\d.]+ ms, ([\d.]+) x ours\n", output)
+    }
 
 
 def test_a_table_has_a_row_for_each_objective(capsys, miniature):
-    flags = "--preset mixed --model tiny --frames 4 --micro-batch 2 --workers 1 --objective baseline,fwm_hw_ld".split()
+    flags = ("--preset mixed --model tiny --frames 4 --micro-batch 2 --workers 1 "
+             "--objective baseline,fwm_hw_ld").split()
     output, _ = run(capsys, *flags, "--data", str(miniature / "UCF-101"))
-    header, first, second = (line[2:-2].split(" | ") for line in output.splitlines() if line.startswith("| "))
-    assert (first[0], second[0], first[header.index("x first")]) == ("baseline", "fwm_hw_ld", "1.00")
+    header, first, second = (
+        line[2:-2].split(" | ") for line in output.splitlines() if line.startswith("| ")
+    )
+    assert (first[0], second[0], first[header.index("x first")]) == (
+        "baseline",
+        "fwm_hw_ld",
+        "1.00",
+    )
     for row in (dict(zip(header, each, strict=True)) for each in (first, second)):
         assert float(row["ms/step"]) * float(row["clips/s"]) == pytest.approx(4 * 1000, rel=0.05)
-        assert min(float(row[name]) for name in ("x first", "x plain", "TFLOP/s", "loader, clips/s")) > 0
+        assert (
+            min(float(row[name]) for name in ("x first", "x plain", "TFLOP/s", "loader, clips/s"))
+            > 0
+        )
         assert [row[name] for name in header[6:10]] == ["unknown", "-", "-", "-"]
 
 
 def some_steps(objective, *flags):
     config, _ = train.parse(["--objective", objective, *QUICK, *flags])
     trainer = train.Trainer(config, torch.device("cpu"))
-    return config, trainer, benchmark.draw_steps(config, trainer.objective.masking, 4, trainer.device)
+    return (
+        config,
+        trainer,
+        benchmark.draw_steps(config, trainer.objective.masking, 4, trainer.device),
+    )
 
 
 def hand_count(config, masks, ema):
-    """Operations of a step for each clip. A backward pass is two forward ones, but pixels get no gradient."""
+    """Operations of a step for each clip. A backward pass is two forward ones, but pixels get no
+    gradient."""
     width, depth, _, narrow, predictor_depth, _ = SIZES[config.model]
 
     def blocks(depth, tokens, width):  # matrices of 12 width^2 weights, and attention
@@ -54,15 +72,21 @@ def hand_count(config, masks, ema):
         embedding = 2 * tokens * width * 3 * config.tubelet * config.patch ** 2
         return times * blocks(depth, tokens, width) + min(times, 2) * embedding
     total = encoder(math.prod(config.grid), 1 if ema else 3)
-    for n, both in ((visible.shape[1], visible.shape[1] + masked.shape[1]) for visible, masked in masks):
-        linear = 2 * n * (LEVELS * width * width + width * narrow) + 2 * both * narrow * LEVELS * width
+    for n, both in (
+        (visible.shape[1], visible.shape[1] + masked.shape[1]) for visible, masked in masks
+    ):
+        linear = (
+            2 * n * (LEVELS * width * width + width * narrow) + 2 * both * narrow * LEVELS * width
+        )
         total += encoder(n, 3) + 3 * (linear + blocks(predictor_depth, both, narrow))
     return total
 
 
 def test_operations_are_those_of_a_formula():
     config, trainer, steps = some_steps("kinematic", "--micro-batch", "2")
-    expected = sum(hand_count(config, masks, trainer.objective.ema) for step in steps for _, masks in step) / len(steps)
+    expected = sum(
+        hand_count(config, masks, trainer.objective.ema) for step in steps for _, masks in step
+    ) / len(steps)
     assert benchmark.plain_costs(trainer, steps)[0] == pytest.approx(expected, rel=0.01)
 
 
@@ -84,14 +108,20 @@ def test_where_memory_runs_out_the_plain_step_has_fewer_clips(monkeypatch):
     tried = memory_for(2, monkeypatch)
     operations, seconds, count = benchmark.plain_costs(trainer, steps)
     assert count == 2 and seconds > 0 and tried == [8, 4, *[2] * 8]  # four to count, four to time
-    assert operations == pytest.approx(sum(hand_count(config, masks, True) for (_, masks), in steps) / 4, rel=0.01)
+    assert operations == pytest.approx(
+        sum(hand_count(config, masks, True) for (_, masks), in steps) / 4, rel=0.01
+    )
 
 
 def test_a_batch_that_memory_does_not_hold_is_one_sentence(monkeypatch, capsys):
     memory_for(0, monkeypatch)
     assert benchmark.main(QUICK) == 1
     error = capsys.readouterr().err
-    assert error == "benchmark.py: there is too little memory; give a smaller --batch, --micro-batch or --model\n"
+    assert (
+        error
+        == "benchmark.py: there is too little memory; give a smaller --batch, --micro-batch or "
+        "--model\n"
+    )
 
 
 def test_the_largest_kernels_come_first_with_their_share():
@@ -120,7 +150,7 @@ def test_decoding_stands_beside_decord_where_there_is_one(capsys, monkeypatch, t
     assert ("pip install decord" in output) != there and len(found) == 2 * (1 + there)
 
 
-# ------------------------------------------------------------------------- one commit beside another
+# ------------------------------------------------------------------------ one commit beside another
 
 
 def test_a_row_has_medians_and_the_median_and_range_of_ratios(capsys):

@@ -1,4 +1,6 @@
-"""The synthetic clips: known factors, independent of each other, and no motion in a single frame."""
+"""The synthetic clips: known factors, independent of each other, and no motion in a single
+frame."""
+
 import itertools
 import math
 
@@ -188,7 +190,8 @@ def test_orientation_tracked_over_the_clip_tells_sense_and_turns():
 
 
 def naive_blob(seed, move=None):
-    """METHOD.md section 8 in loops over frames and rows: uint8 [T, H, W, 3]. move: None for a training clip."""
+    """The paper's clip in loops over frames and rows: uint8 [T, H, W, 3]. move: None for a
+    training clip."""
     draw = np.random.default_rng(seed)
     background = draw.integers(0, 80, 3, dtype=np.uint8)
     noise = draw.integers(0, 30, (32, 160, 160, 1))
@@ -199,7 +202,9 @@ def naive_blob(seed, move=None):
     dx, dy = (int(draw.integers(-4, 5)), int(draw.integers(-4, 5))) if move is None else move
     frames = np.zeros((32, 160, 160, 3), np.uint8)
     for t in range(32):
-        cx, cy = min(max(x0 + dx * t, radius), 159 - radius), min(max(y0 + dy * t, radius), 159 - radius)
+        cx, cy = min(max(x0 + dx * t, radius), 159 - radius), min(
+            max(y0 + dy * t, radius), 159 - radius
+        )
         for y in range(160):
             for channel in range(3):
                 frames[t, y, :, channel] = background[channel] + noise[t, y, :, 0]
@@ -214,8 +219,12 @@ def test_blobs_are_the_papers_own_clips():
         clip, label = Blobs().video(item)
         assert label == item % 8 and clip.shape == (3, 32, 160, 160) and clip.dtype == torch.uint8
         assert (clip.permute(1, 2, 3, 0).numpy() == naive_blob(42 + item, moves[item % 8])).all()
-    first = Blobs().video(0)[0]  # on record: background 42 11 67, noise 23; disc 234 207 250 at x 29, y 22, radius 17
-    assert first[:, 0, 0, 0].tolist() == [42 + 23, 11 + 23, 67 + 23] and first[0, 0, 0, :3].tolist() == [65, 61, 55]
+    first = Blobs().video(0)[
+        0
+    ]  # on record: background 42 11 67, noise 23; disc 234 207 250 at x 29, y 22, radius 17
+    assert first[:, 0, 0, 0].tolist() == [42 + 23, 11 + 23, 67 + 23] and first[
+        0, 0, 0, :3
+    ].tolist() == [65, 61, 55]
     assert first[:, 0, 22, 29].tolist() == [234, 207, 250]
     assert (first[0, 0, 22] == 234).nonzero().flatten().tolist() == [*range(12, 47)]
 
