@@ -86,14 +86,14 @@ def read_video(path, choose):
                 count = len(times)
                 chosen = choose(count, rate)
                 found = find_by_time(container, stream, packets, {times[i]: i for i in chosen})
-        if chosen is None or len(found) < len(set(chosen)):
-            status = os.stat(path)
-            pictures, keys = decode_all(path, status.st_size, status.st_mtime_ns)
-            count = len(pictures)
-            if not count:
-                raise Unreadable(path, "no frame of it can be decoded")
-            chosen = choose(count, rate)
-            found = find_by_number(path, packets, pictures, keys, chosen)
+            if chosen is None or len(found) < len(set(chosen)):
+                status = os.stat(path)
+                sums, keys = decode_all(path, status.st_size, status.st_mtime_ns)
+                count = len(sums)
+                if not count:
+                    raise Unreadable(path, "no frame of it can be decoded")
+                chosen = choose(count, rate)
+                found = find_by_number(path, container, stream, keys, packets, sums, chosen)
     except (av.FFmpegError, ValueError) as error:
         raise Unreadable(path, error) from None
     for i in chosen:
@@ -202,26 +202,27 @@ def decode_all(path, size, modified):
     return np.array(sums), keys
 
 
-def find_by_number(path, packets, sums, keys, chosen):
+def find_by_number(path, container, stream, keys, packets, sums, chosen):
     """Frames counted from the key frame before them, {number: RGB picture}.
 
     The n-th key frame that decoding showed is taken for the n-th packet called so. Where a picture
     then differs from the one that decoding from the start has shown under its number, or a frame
     is missing, all are decoded from the start.
     """
+    def count_from(number, frames):
+        shown = itertools.islice(frames, chosen[-1] - number + 1)
+        good = enumerate(itertools.takewhile(bool, shown), start=number)
+        return {i: upright(frame) for i, frame in good if i in chosen}
+
     starts = [each.dts for each in packets if each.is_key and not each.is_cut]
     before = sum(key <= chosen[0] for key in keys)
-    places = [(0, None)]
-    if before and len(starts) == len(keys):
-        places.insert(0, (keys[before - 1], starts[before - 1]))
-    for number, start in places:
-        with open_video(path) as opened:
-            frames = itertools.islice(decode(*opened, start), chosen[-1] - number + 1)
-            good = enumerate(itertools.takewhile(bool, frames), start=number)
-            found = {i: upright(frame) for i, frame in good if i in chosen}
+    if before and len(starts) == len(keys) and starts[before - 1] is not None:
+        frames = decode(container, stream, starts[before - 1])
+        found = count_from(keys[before - 1], frames)
         if all(i in found and zlib.crc32(found[i]) == sums[i] for i in chosen):
-            break
-    return found
+            return found
+    with open_video(path) as opened:
+        return count_from(0, decode(*opened))
 
 
 def decode(container, stream, start=None, times=()):
@@ -244,10 +245,8 @@ def decode(container, stream, start=None, times=()):
             continue  # an empty packet repeats the frame before
         if clean is None:
             clean = packet.is_keyframe and (start is None or packet.is_discard)
-        if times and packet.pts not in times:
-            context.skip_frame = "NONREF"  # no other frame refers to it
-        elif times:
-            context.skip_frame = "DEFAULT"
+        # A frame that nobody asked for, and that no other refers to, need not be decoded.
+        context.skip_frame = "NONREF" if times and packet.pts not in times else "DEFAULT"
         try:
             frames = context.decode(packet)
             awaited.discard(packet.pts)
