@@ -429,9 +429,8 @@ def accuracies(recipe, train, test, seeds, device, shots=0, progress=""):
         for seed in seeds:
             torch.default_generator.manual_seed(seed)
             heads.append(kind(train.features.shape[-1], classes))
-    if recipe.head == "standardised":
-        for head in heads:
-            head.standardise(train)
+            if recipe.head == "standardised":
+                heads[-1].standardise(train)
 
     if shots:
         orders = [clip_order(draw_shots(train.labels, shots, seed), recipe, seed) for seed in seeds]
@@ -626,8 +625,8 @@ def open_sources(flags, frames, crop):
                   f"{lists[1]} tests")
         both = {*sources[0].paths} & {*sources[1].paths}
         if both:
-            print(f"{len(both):,} clips are in both lists: heads are tested on clips that they "
-                  "learned from, and the numbers will be too high")
+            print(f"in both lists: {len(both):,} of {len(sources[1]):,} test clips; heads learn "
+                  "from them and are tested on them, so the numbers will be too high")
         name = "-".join(["own", lists[1].parent.name, *dict.fromkeys(path.stem for path in lists)])
     elif flags.benchmark in (None, "blobs"):
         name, (train, test) = "blobs", flags.blob_clips
@@ -714,10 +713,8 @@ def fill(folder, encoder, source, name, shape, kind, workers):
     row = math.prod(shape[1:]) * kind.itemsize
     with open(folder / "features.bin", "ab") as file:
         done = file.tell() // row
-        if done > len(source):  # damaged
-            done = 0
-        if done < len(source):
-            done -= done % CHUNK
+        if done != len(source):  # from the last whole chunk or, where it is damaged, the start
+            done = done // CHUNK * CHUNK if done < len(source) else 0
         file.truncate(done * row)
         unreadable = read_json(folder / "unreadable.json") if done else {}
         items = range(done, len(source))
@@ -773,15 +770,15 @@ def episode_accuracies(train, test, way, shot, episodes, seed):
     return found
 
 
-def measure(recipe, train, test, flags, device, clips):
-    """Print what the command line asks for: {measurement: {"values": [%], "how": {...}}}. Those
-    with equal "how", which ends with hashes of labels and clips, used the same draws of the same
-    clips and can be compared in pairs."""
-    same = {"labels": fingerprint(train.labels, test.labels), "clips": clips}
+def measure(recipe, train, test, flags, device):
+    """Print and return what the command line asks for: {measurement: {"values": [%], "how": {}}}.
+    Those of the same clips with equal "how", which ends with a hash of all labels, used the same
+    draws and can be compared in pairs."""
+    labels = fingerprint(train.labels, test.labels)
     found, pooled = {}, (train.pool(), test.pool()) if flags.shots or flags.episodes else None
 
     def add(name, values, how):
-        found[name] = {"values": values, "how": {**how, **same}}
+        found[name] = {"values": values, "how": {**how, "labels": labels}}
         line = f"    {name:<36} top-1 {np.mean(values):6.2f}"
         if len(values) > 1:
             line += f" ± {np.std(values, ddof=1):.2f} over {len(values)}"
@@ -826,8 +823,7 @@ def evaluate(frozen, name, sources, flags):
     chance = 100 / (flags.way if flags.episodes else classes)
     print(f"{frozen.about}, {name}: {about_train['clips']:,} clips to learn from, "
           f"{about_test['clips']:,} to be tested on, {classes} classes, chance {chance:.1f}")
-    clips = fingerprint(about_train["source"], about_test["source"])
-    measurements = measure(recipe, train, test, flags, frozen.encoder.video.device, clips)
+    measurements = measure(recipe, train, test, flags, frozen.encoder.video.device)
 
     what = {"benchmark": name, "encoder": frozen.about,
             "checkpoint": flags.weights or flags.checkpoint,

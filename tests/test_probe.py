@@ -628,12 +628,14 @@ def test_a_result_says_how_it_came_about_and_keeps_what_was_measured_before(tmp_
     assert found["checkpoint"] == flags[1] and found["encoder"] == "baseline, target encoder at step 7"
     assert found["sha256"] == probe.encoder_fingerprint(probe.make_encoder({**CONFIG, "seed": 100}))
     assert (found["train"]["clips"], found["test"]["clips"]) == (159, 39)
+    assert [found[split]["source"] for split in ("train", "test")] == [
+        probe.clips_fingerprint(source) for source in opened]
     assert "5.mp4" in found["train"]["unreadable"][0] and "165.mp4" in found["test"]["unreadable"][0]
     assert list(found["measurements"]) == ["all labels, attentive head"]
     each = found["measurements"]["all labels, attentive head"]
     assert {**each["how"], "labels": 0} == {"head": "attentive", "pooled": False, "lr": 3e-4, "batch": 32,
                                             "epochs": 20, "steps": 0, "k": 0, "seeds": [0, 1], "labels": 0,
-                                            "order": 0, "clips": each["how"]["clips"]}
+                                            "order": 0}
     assert min(each["values"]) > 60  # classes differ in brightness, and chance is 12.5
     mean, deviation = sum(each["values"]) / 2, abs(each["values"][0] - each["values"][1]) / math.sqrt(2)
     output = capsys.readouterr().out
@@ -674,7 +676,7 @@ def test_the_same_clips_for_training_and_test_and_classes_that_lack_labels_are_t
     (tmp_path / "b.csv").write_text("".join(f"{i}.mp4 {i % 2}\n" for i in range(3, 6)))
     lists = [f"--train-list={tmp_path}/a.csv", f"--test-list={tmp_path}/b.csv"]
     probe.open_sources(probe.parse(["--untrained=tiny", *lists]), 4, 16)
-    assert "1 clips are in both lists" in capsys.readouterr().out
+    assert "in both lists: 1 of 3 test clips" in capsys.readouterr().out
 
     monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=2))
     flags = ["--checkpoint", make_checkpoint(tmp_path / "run"), "--benchmark=blobs", *LOADERLESS]
