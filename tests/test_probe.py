@@ -101,7 +101,7 @@ def readable(source):
 # ---------------------------------------------------------------------------------------------------------- recipes
 
 
-def test_the_benchmarks_are_those_of_the_study():
+def test_the_benchmarks_are_those_of_the_paper():
     """METHOD.md section 8: head, pooling, learning rate, batch, epochs; then what the project chose for itself."""
     assert {name: recipe[:5] for name, recipe in BENCHMARKS.items()} == {
         "diving48": ("attentive", False, 1e-3, 16, 100), "ssv2": ("attentive", True, 1e-3, 16, 100),
