@@ -260,6 +260,11 @@ class JEPA(nn.Module):
             self.checked = True
         return self.losses(outputs, self.objective, self.heads, weights), h.detach()
 
+    @torch.no_grad()
+    def update_target(self, momentum):
+        for target, encoder in zip(self.target.parameters(), self.encoder.parameters()):
+            target.lerp_(encoder, 1 - momentum)
+
     def compile(self, **options):
         """Compile every transformer block and the losses with all their terms. options: those of
         torch.compile. Blocks share one graph: as fast as one of all, in a quarter of the time."""
@@ -365,8 +370,7 @@ class Trainer:
         return step % self.config.log_every == 0 or step + 1 == self.config.steps
 
     def step(self, step, micro_batches):
-        """One training step on micro-batches: uint8 clips [B, 3, T, H, W], and masks, a list of
-        (visible, masked) ids.
+        """One training step on micro-batches (uint8 clips [B, 3, T, H, W], list of its masks).
 
         Returns losses by name, targets of the last micro-batch [B, N, 4D], the gradient's length.
         """
@@ -375,7 +379,6 @@ class Trainer:
         #    and the same after a resume.
         torch.manual_seed(self.config.seed * 1_000_003 + step)
         numbers = coefficients(self.objective, step, self.config.steps, self.config.ctx_weight)
-        # Visible tokens are predicted where that counts or is logged.
         context, groups = numbers["ctx"] > 0 or self.logs(step), len(micro_batches) * self.ranks
         # Tensors, since a compiled step would be compiled again for every new Python number.
         values = torch.tensor(list(numbers.values())).to(self.device, non_blocking=True)
@@ -396,7 +399,7 @@ class Trainer:
             # 3. Backward: gradients add up, and are averaged over all micro-batches of all ranks.
             (losses["total"] / len(micro_batches)).backward()
             found.append({name: value.detach() for name, value in losses.items()})
-        if not context:  # the layer that would predict them has no gradient, but still decays
+        if not context:  # visible tokens were not predicted; that layer's weights decay alike
             for p in self.model.predictor.to_visible.parameters():
                 p.grad = torch.zeros_like(p)
         gradients = [p.grad for p in self.trained if p.grad is not None]
@@ -411,10 +414,7 @@ class Trainer:
         self.optimizer.zero_grad()
         # 5. The target follows the encoder: target = momentum * target + (1 - momentum) * encoder.
         if self.objective.ema:
-            pairs = zip(self.model.target.parameters(), self.model.encoder.parameters())
-            with torch.no_grad():
-                for target, encoder in pairs:
-                    target.lerp_(encoder, 1 - self.config.ema)
+            self.model.update_target(self.config.ema)
         losses = {name: torch.stack([each[name].float() for each in found]).mean()
                   for name in found[0]}
         self.healthy &= losses["total"].isfinite() & gradient_norm.isfinite()
