@@ -267,8 +267,11 @@ def decode(container, stream, start=None, times=()):
 def upright(frame):
     """A decoded frame as uint8 [H, W, 3], RGB, mirrored and turned by quarters as its display
     matrix says."""
+    from av.sidedata.sidedata import SideDataContainer
     picture = frame.to_ndarray(format="rgb24", threads=1)
-    matrix = frame.side_data.get("DISPLAYMATRIX") if frame.side_data else None
+    # `frame.side_data` would refer to the frame that keeps it: such frames fill the memory.
+    about = SideDataContainer(frame)
+    matrix = about.get("DISPLAYMATRIX") if about else None
     if matrix is not None:
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5] / 65536  # x' = ax + cy, y' = bx + dy
         if a * d < b * c:

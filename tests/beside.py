@@ -29,6 +29,11 @@ TINY, VIT_B = STEP, STEP + "--model vit_base --patch 16 --frames 16 --crop 112 -
 VIDEOS = {  # how each is written: `miniature.write_video`
     "h264.mp4, a key frame every 12": ("12.mp4", dict(options={"g": "12"})),
     "h264.mp4, a key frame every 250": ("250.mp4", dict(options={"g": "250"})),
+    "mpeg4.avi": ("plain.avi", dict(codec="mpeg4", options={"g": "12"})),
+    "mpeg4.avi, frames packed": ("packed.avi", None),
+    "h264.ts with B frames": ("b.ts", dict(frames=1500, options={"g": "50", "bf": "2"})),
+    "h264.mp4 with B frames, cut by copying": ("cut.mp4", dict(
+        frames=1500, options={"g": "250", "bf": "2"})),
 }
 
 
@@ -190,7 +195,14 @@ def main(arguments=None):
             if name.startswith("decoding "):
                 import miniature
                 file, how = VIDEOS[name.removeprefix("decoding ")]
-                miniature.write_video(f"{folder}/{file}", 300, size=(256, 340), rate=30, **how)
+                path = f"{folder}/{file}"
+                if how is None:
+                    miniature.write_packed_avi(path, 300, size=(256, 340))
+                else:
+                    how = dict(frames=300, size=(256, 340), rate=30) | how
+                    miniature.write_video(path, **how)
+                if file == "cut.mp4":
+                    miniature.cut_away(path, 10)
             compare(name, folder, checkouts, flags.rounds)
 
 

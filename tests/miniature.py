@@ -76,6 +76,15 @@ def turn_back(path, quarters):
     Path(path).write_bytes(content)
 
 
+def cut_away(path, frames):
+    """Let an mp4's edit list begin so many frames of 512 ticks later, as cutting by copying does."""
+    content = bytearray(Path(path).read_bytes())
+    media_time = content.index(b"elst") + 16
+    start = struct.unpack_from(">i", content, media_time)[0] + 512 * frames
+    struct.pack_into(">i", content, media_time, start)
+    Path(path).write_bytes(content)
+
+
 class Pipe:
     """A file that can only be written on and on: a container cannot go back to fill in its counts."""
 

@@ -26,7 +26,8 @@ from torch.nn import functional as F
 import data
 import model
 from data import Unreadable, locked, read_image, read_video
-from miniature import DIVES, SYNSETS, UCF_CLASSES, Pipe, number_of, picture, write_packed_avi, write_video
+from miniature import (DIVES, SYNSETS, UCF_CLASSES, Pipe, cut_away, number_of, picture,
+                       write_packed_avi, write_video)
 from synthetic import Blobs, Shapes
 
 
@@ -139,13 +140,6 @@ def edited(change):
     return lambda path: path.write_bytes(change(bytearray(path.read_bytes())))
 
 
-def cut_away(content):
-    """Ten frames of 1/25 s, in ticks of 1/12800 s, by an mp4's edit list."""
-    media_time = content.index(b"elst") + 16
-    struct.pack_into(">i", content, media_time, struct.unpack_from(">i", content, media_time)[0] + 10 * 512)
-    return content
-
-
 def table(name, header, change):
     """Change one of an mp4's tables of numbers: its name, a header, how many there are, each; it may become shorter."""
     def changed(content):
@@ -168,8 +162,8 @@ WRONG = {  # videos of 40 frames: how `write_video` writes them, what is changed
     **{f"no_key{suffix}": (G16, copied(first=13), range(16, 40)) for suffix in (".mp4", ".mkv", ".ts")},
     "open_gop.mkv": (dict(codec="libx265", options={"x265-params": OPEN_GOP + ":log-level=none"}), copied(first=9),
                      range(12, 40)),
-    "edited.mp4": (G16, edited(cut_away), range(10, 40)),
-    "edited_long_gop.mp4": (dict(options={"g": "250", **B_FRAMES}), edited(cut_away), range(10, 40)),
+    "edited.mp4": (G16, lambda path: cut_away(path, 10), range(10, 40)),
+    "edited_long_gop.mp4": (dict(options={"g": "250", **B_FRAMES}), lambda path: cut_away(path, 10), range(10, 40)),
     # Its table of key frames leaves out the first; or it is cut short, and without an index calls every frame one.
     "first_key_unnamed.mp4": (G16, table(b"stss", 4, lambda keys: keys[1:]), range(40)),
     **{f"cut{share}{suffix}": (how, edited(lambda content, share=share: content[:len(content) * share // 100]), None)
@@ -342,7 +336,7 @@ def test_a_window_is_decoded_from_a_key_frame_near_it(tmp_path, monkeypatch):
         path = tmp_path / name
         write_video(path, 160, size=(48, 64), **how)
         if name == "cut.mp4":
-            edited(cut_away)(path)
+            cut_away(path, 10)
         numbers = numbers_in(path, [0])  # what is remembered of a file is remembered now
         for start in (17, 75, 120):
             decoded.clear()
