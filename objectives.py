@@ -405,7 +405,6 @@ def uncorrelated_factors(outputs):
     return total / len(outputs.masks)
 
 
-@torch.compiler.disable  # torch 2.8 fails to compile rfft
 def temporal_spectrum(outputs):
     """Temporal spectrum: mean |w (FFT(Z) - FFT(H))| at places visible at every one of t >= 4 time
     steps.
@@ -525,7 +524,6 @@ def hamiltonian(outputs, head, dt=0.1):
     return mean_over_pairs(outputs, error)
 
 
-@torch.compiler.disable  # torch 2.8 fails to compile quantile
 def velocity_gate(outputs, percentile=0.5):
     """Velocity gate, what moves slowly stands still: mean of gate |Z+ - Z| over pairs, gate = 1
     where v = ||H+ - H|| is at most its quantile among the cells of that clip and time step, else 0.
@@ -539,6 +537,8 @@ def velocity_gate(outputs, percentile=0.5):
         gate.gather(1, at.tokens) * distance(at.z_next, at.z)))
 
 
+# These run outside the compiled graph: torch 2.8 fails to compile rfft and quantile.
+NOT_COMPILED = ("spectral", "velgate")
 TERMS = {
     "hw": hard_weighting,
     "delta": change_matching,

@@ -189,9 +189,9 @@ import probe
 from data import command, locked, read_json, write_file, write_json
 from model import (SIZES, Block, Encoder, Predictor, level_normalise, load_vjepa, normalise,
                    token_grid)
-from objectives import (ABLATIONS, OBJECTIVES, MaskOutputs, Outputs, check_terms, coefficients,
-                        draw_masks, losses, make_heads, mean_over_ranks, objective_list,
-                        released_form, without)
+from objectives import (ABLATIONS, NOT_COMPILED, OBJECTIVES, TERMS, MaskOutputs, Outputs,
+                        check_terms, coefficients, draw_masks, losses, make_heads, mean_over_ranks,
+                        objective_list, released_form, without)
 from synthetic import WORLDS
 
 
@@ -271,6 +271,8 @@ class JEPA(nn.Module):
         for module in self.modules():
             if isinstance(module, Block):
                 module.compile(**options)
+        for name in NOT_COMPILED:
+            TERMS[name] = torch.compiler.disable(TERMS[name])
         self.losses = torch.compile(losses, **options)
 
 
