@@ -48,9 +48,8 @@ IMAGES = ".jpg .jpeg .png .bmp .ppm .pgm .tif .tiff .webp".split()
 MOST_PIXELS = 7680 * 4320  # of a frame: a small file can hold huge ones
 
 # Frames that were chosen, uint8 [T, H, W, 3], RGB; and of the whole file the number of its frames,
-# and how many it shows a second.
+# and rate(), how many it shows a second.
 Video = namedtuple("Video", "frames count rate")
-Packet = namedtuple("Packet", "pts dts is_key is_cut size")  # is_cut: not to be shown
 
 
 class Unreadable(Exception):
@@ -72,36 +71,34 @@ def read_video(path, choose):
     Raises Unreadable for a file that is missing, broken, or without the frames chosen.
     """
     import av  # only where a video is opened: all else runs without it
-    found, chosen = {}, None
+    found = {}
     try:
         with open_video(path) as (container, stream):
-            packets = [Packet(each.pts, each.dts, each.is_keyframe, each.is_discard, each.size)
+            packets = [(each.pts, each.dts, each.is_keyframe, each.is_discard, each.size)
                        for each in container.demux(stream) if each.size and not each.is_corrupt]
             if container.format.name == "gif" and stream.frames > len(packets):
                 raise Unreadable(path, f"of its {stream.frames} frames only {len(packets)} can be "
                                        "told apart; save it again, as .mp4 for instance")
-            rate = frame_rate(packets, stream)
-            times = shown_times(packets, container, stream)
+            times = shown_times(packets, stream)
+            count = len(times)
+            rate = functools.partial(frame_rate, packets, stream.time_base, stream.average_rate)
             if times:
-                count = len(times)
                 chosen = choose(count, rate)
                 found = find_by_time(container, stream, packets, {times[i]: i for i in chosen})
-            if chosen is None or len(found) < len(set(chosen)):
-                status = os.stat(path)
-                sums, keys = decode_all(path, status.st_size, status.st_mtime_ns)
-                count = len(sums)
-                if not count:
-                    raise Unreadable(path, "no frame of it can be decoded")
-                chosen = choose(count, rate)
-                found = find_by_number(path, container, stream, keys, packets, sums, chosen)
+        if not found or set(chosen) - set(found):
+            status = os.stat(path)
+            sums, keys = decode_all(path, status.st_size, status.st_mtime_ns)
+            count = len(sums)
+            if not count:
+                raise Unreadable(path, "no frame of it can be decoded")
+            chosen = choose(count, rate)
+            found = find_by_number(path, sums, keys, chosen)
+        missing = set(chosen) - set(found)
+        if missing:
+            raise Unreadable(path, f"frame {min(missing)} of {count} cannot be decoded")
+        return Video(np.stack([found[i] for i in chosen]), count, rate)
     except (av.FFmpegError, ValueError) as error:
         raise Unreadable(path, error) from None
-    for i in chosen:
-        if i not in found:
-            raise Unreadable(path, f"frame {i} of {count} cannot be decoded")
-    if len({picture.shape for picture in found.values()}) > 1:
-        raise Unreadable(path, "its frames change in size")
-    return Video(np.stack([found[i] for i in chosen]), count, rate)
 
 
 @contextlib.contextmanager
@@ -109,9 +106,9 @@ def open_video(path):
     """The file as a PyAV container and its video stream. Raises Unreadable where it has none."""
     import av
     if not Path(path).is_file():  # a pipe would be waited for
-        raise Unreadable(path, "Is a directory" if Path(path).is_dir() else "No such file")
-    limit = str(MOST_PIXELS)
-    options = {"format_whitelist": ",".join(VIDEO_FORMATS), "max_pixels": limit}
+        raise Unreadable(path, "No such file")
+    limit = {"max_pixels": str(MOST_PIXELS)}
+    options = {"format_whitelist": ",".join(VIDEO_FORMATS), **limit}
     try:
         # The prefix keeps it from taking a colon in a name for a protocol.
         container = av.open(f"file:{path}", metadata_errors="replace", options=options)
@@ -119,148 +116,132 @@ def open_video(path):
         raise Unreadable(path, "its format is none of those that are opened: "
                                f"{', '.join(VIDEO_FORMATS)}") from None
     with container:
-        streams = [stream for stream in container.streams.video  # a song's cover is a picture
-                   if not stream.disposition & av.stream.Disposition.attached_pic]
-        if not streams:
+        stream = container.streams.best("video")
+        # A song's cover is a picture, and some video no decoder knows.
+        if (stream is None or stream.disposition & av.stream.Disposition.attached_pic
+                or stream.codec_context is None):
             raise Unreadable(path, "it holds no video")
-        best = container.streams.best("video")
-        stream = best if best in streams else streams[0]
         context = stream.codec_context
-        if context is None:
-            raise Unreadable(path, "no decoder knows its video")
         if context.width * context.height > MOST_PIXELS:
             raise Unreadable(path, f"a frame has more than {MOST_PIXELS:,} pixels")
-        context.options = {"max_pixels": limit}  # where the size changes later
+        context.options = limit  # where the size changes later
         context.thread_count = 1  # the loader's workers are what runs in parallel
         yield container, stream
 
 
-def frame_rate(packets, stream):
+def shown_times(packets, stream):
+    """When each frame is shown, ascending; nothing where the container cannot be believed."""
+    if not packets:
+        return []
+    times, decoded, is_key, is_cut, sizes = zip(*packets)
+    decoded = [time for time in decoded if time is not None]
+    if None in times or len(set(times)) < len(times) or decoded != sorted(decoded):
+        return []  # missing, equal, or the clock starts again
+    shown = sorted(time for time, cut in zip(times, is_cut) if not cut)
+    if not is_key[0] or shown[:1] < [times[0]]:
+        return []  # its first frames need others that are missing
+    # Frames are stored out of order, yet these are times of decoding: AVI knows no others.
+    if stream.codec_context.has_b_frames and list(times) == sorted(times):
+        return []
+    # A packet of a few bytes says that there is no frame: another packet holds two.
+    if stream.codec_context.name == "mpeg4" and min(sizes) < 10:
+        return []
+    return shown
+
+
+def frame_rate(packets, time_base, average):
     """Frames a second: by the usual distance of neighbours in time, so a pause does not count."""
-    times = [each.pts for each in packets]
-    distances = np.sort(np.diff(np.sort([] if None in times else times)))
-    distances = distances[distances > 0]
-    if not len(distances):
-        return float(stream.average_rate or 1)
-    median = distances[len(distances) // 2]
+    times = {packet[0] for packet in packets}
+    if None in times or len(times) < 2:
+        return float(average or 1)
+    distances = np.diff(sorted(times))
+    median = np.median(distances)
     # The mean of those near it, since times come in whole ticks: 67, 67, 66, ...
     usual = distances[abs(distances - median) <= median / 4].mean()
-    return float(1 / (usual * stream.time_base))
-
-
-def shown_times(packets, container, stream):
-    """When each frame is shown, ascending; nothing where the container cannot be believed."""
-    times = [each.pts for each in packets]
-    decoded = [each.dts for each in packets if each.dts is not None]
-    if not packets or None in times or len(set(times)) < len(times) or decoded != sorted(decoded):
-        return []  # missing, equal, or the clock starts again
-    if not packets[0].is_key or times[0] > min(times):
-        return []
-    # Frames are stored out of order, yet these are times of decoding.
-    if times == sorted(times) and stream.codec_context.has_b_frames:
-        return []
-    # AVI stores none of these times. A codec may then show frames in another order (two of them
-    # can even lie in one packet), and a packet of a few bytes may say that there is no frame.
-    if container.format.name == "avi" and (
-            stream.codec_context.has_b_frames or min(each.size for each in packets) < 10):
-        return []
-    return sorted(each.pts for each in packets if not each.is_cut)
+    return float(1 / (usual * time_base))
 
 
 def find_by_time(container, stream, packets, numbers):
     """Frames chosen as {time: number}: {number: RGB picture}, fewer where the decoder disagrees
     with the container."""
     first = min(numbers)
-    _, start = max((each.pts, each.dts) for each in packets if each.is_key and each.pts <= first)
+    start = max(packet[:2] for packet in packets if packet[2] and packet[0] <= first)[1]
     # All other formats are sought by time of decoding, and behind that lies another key frame.
     if start is None or container.format.name.startswith(("mov", "matroska")):
         start = first
-    found, last = {}, None
-    for frame in decode(container, stream, start, numbers):
-        if frame is None or frame.pts is None or last is not None and frame.pts <= last:
-            break
-        last = frame.pts
-        if frame.pts in numbers:
-            found[numbers[frame.pts]] = upright(frame)
-    if container.format.name == "avi" and stream.codec_context.has_b_frames:
+    found = {numbers[frame.pts]: upright(frame)
+             for frame in decode(container, stream, start, numbers)
+             if frame and frame.pts in numbers}
+    if stream.codec_context.has_b_frames and not shown_times(packets, stream):
         return {}  # as the decoder found out on the way
     return found
 
 
 @functools.lru_cache(maxsize=None)
 def decode_all(path, size, modified):
-    """Decode a whole file: a checksum of each picture to the last good one (-1: damaged), and the
-    numbers of key frames. It is remembered while size and time stay the same."""
+    """Decode a whole file: a checksum of each picture to the last good one (-1: damaged), and of
+    key frames (number, time of decoding). It is remembered while size and time stay the same."""
     sums, keys = [], []
     with open_video(path) as opened:
-        for i, frame in enumerate(decode(*opened)):
-            sums.append(zlib.crc32(upright(frame)) if frame else -1)
+        for frame in decode(*opened):
             if frame and frame.key_frame:
-                keys.append(i)
+                keys.append((len(sums), frame.dts))
+            sums.append(zlib.crc32(upright(frame).tobytes()) if frame else -1)
     while sums and sums[-1] == -1:
         sums.pop()
     return np.array(sums), keys
 
 
-def find_by_number(path, container, stream, keys, packets, sums, chosen):
-    """Frames counted from the key frame before them, {number: RGB picture}.
-
-    The n-th key frame that decoding showed is taken for the n-th packet called so. Where a picture
-    then differs from the one that decoding from the start has shown under its number, or a frame
-    is missing, all are decoded from the start.
-    """
-    def count_from(number, frames):
-        shown = itertools.islice(frames, chosen[-1] - number + 1)
-        good = enumerate(itertools.takewhile(bool, shown), start=number)
-        return {i: upright(frame) for i, frame in good if i in chosen}
-
-    starts = [each.dts for each in packets if each.is_key and not each.is_cut]
-    before = sum(key <= chosen[0] for key in keys)
-    if before and len(starts) == len(keys) and starts[before - 1] is not None:
-        frames = decode(container, stream, starts[before - 1])
-        found = count_from(keys[before - 1], frames)
-        if all(i in found and zlib.crc32(found[i]) == sums[i] for i in chosen):
-            return found
-    with open_video(path) as opened:
-        return count_from(0, decode(*opened))
+def find_by_number(path, sums, keys, chosen):
+    """Frames counted from the last key frame before them, {number: RGB picture}. Where one of
+    these is not the one that decoding from the start has shown, all are decoded from the start."""
+    nearest = max((key for key in keys if key[0] <= chosen[0]), default=(0, None))
+    for number, start in (nearest, (0, None)):
+        with open_video(path) as opened:
+            frames = itertools.islice(decode(*opened, start), chosen[-1] - number + 1)
+            found = {i: upright(frame)
+                     for i, frame in enumerate(frames, number) if frame and i in chosen}
+        if all(i in found and zlib.crc32(found[i].tobytes()) == sums[i] for i in chosen):
+            break
+    return found
 
 
-def decode(container, stream, start=None, times=()):
-    """Frames in the order in which they are shown, None for a damaged one: from the start, or from
-    where a seek to the time `start` leads.
+def decode(container, stream, start=None, wanted=()):
+    """Frames in the order in which they are shown: from the start, or from where a seek to the
+    time `start` leads. A damaged frame is None, and so are all others up to the next key frame.
 
     The first is a key frame, or that of a file which begins with one by its container's word (not
-    all decoders mark key frames, and a file cut by copying does not show its first). With times,
-    frames that are neither needed nor asked for may be left out, and it ends after the last.
+    all decoders mark key frames, and a file cut by copying does not show its first). Where only
+    frames of some times are wanted, others may be left out, and it ends after the last.
     """
     import av
-    context, awaited = stream.codec_context, set(times)
+    context, awaited = stream.codec_context, set(wanted)
     if start is not None:
         with contextlib.suppress(av.FFmpegError):
             container.seek(start, stream=stream)
     context.open(strict=False)  # some decoders would keep to the first skip_frame that they see
-    begun = clean = None
+    begun, whole = False, None
     for packet in container.demux(stream):
         if not packet.size and packet.dts is not None:
             continue  # an empty packet repeats the frame before
-        if clean is None:
-            clean = packet.is_keyframe and (start is None or packet.is_discard)
-        # A frame that nobody asked for, and that no other refers to, need not be decoded.
-        context.skip_frame = "NONREF" if times and packet.pts not in times else "DEFAULT"
+        if whole is None:
+            whole = packet.is_keyframe and (start is None or packet.is_discard)
+        # A frame that nobody wants, and that no other refers to, need not be decoded.
+        context.skip_frame = "NONREF" if wanted and packet.pts not in wanted else "DEFAULT"
+        awaited.discard(packet.pts)
+        ends = wanted and not awaited
         try:
             frames = context.decode(packet)
-            awaited.discard(packet.pts)
-            if times and not awaited:
+            if ends:
                 frames += context.decode(None)  # those that the decoder still holds back
         except av.FFmpegError:
             frames = [None]
         for frame in frames:
-            good = frame is not None and not frame.is_corrupt
-            begun = begun or good and (clean or frame.key_frame)
-            clean = clean and good
+            whole = frame is not None and not frame.is_corrupt and (whole or frame.key_frame)
+            begun = begun or whole
             if begun:
-                yield frame if good else None
-        if times and not awaited:
+                yield frame if whole else None
+        if ends:
             return
 
 
@@ -270,14 +251,13 @@ def upright(frame):
     from av.sidedata.sidedata import SideDataContainer
     picture = frame.to_ndarray(format="rgb24", threads=1)
     # `frame.side_data` would refer to the frame that keeps it: such frames fill the memory.
-    about = SideDataContainer(frame)
-    matrix = about.get("DISPLAYMATRIX") if about else None
+    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
     if matrix is not None:
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5] / 65536  # x' = ax + cy, y' = bx + dy
         if a * d < b * c:
             picture, a, b = picture[:, ::-1], -a, -b
         picture = np.rot90(picture, -round(math.atan2(b, a) / (math.pi / 2)))
-    return np.ascontiguousarray(picture)
+    return picture
 
 
 def is_image(path):
@@ -388,7 +368,7 @@ class Clips:
     def clip(self, item, generator):
         """A random window, crop and flip: uint8 [3, T, crop, crop]."""
         def choose(count, rate):
-            step = fps_step(rate, self.fps) if self.fps else self.step
+            step = fps_step(rate(), self.fps) if self.fps else self.step
             return window(count, self.frames, step, generator)
 
         pictures = self.read(item, choose)
@@ -432,7 +412,7 @@ class BlobClips(Clips):
 
     def read(self, item, choose):
         video, _ = self.blobs.video(self.paths[item])
-        return video.transpose(0, 1)[list(choose(Blobs.FRAMES, Blobs.FPS))]
+        return video.transpose(0, 1)[list(choose(Blobs.FRAMES, lambda: Blobs.FPS))]
 
     def evaluation_clip(self, item):
         return self.finish(self.read(item, lambda count, rate: range(self.frames)))
@@ -884,7 +864,7 @@ def inspect_file(path):
         if is_image(path):
             return read_image(path).shape[:2]
         video = read_video(path, lambda count, rate: evaluation_window(count, 16))
-        return *video.frames.shape[1:3], video.count, video.rate
+        return *video.frames.shape[1:3], video.count, video.rate()
     except Unreadable as error:
         return str(error)
 
