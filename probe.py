@@ -9,8 +9,8 @@
     ... --features FILE.pt                  no head: the features themselves, for code of your own
 
 An encoder is evaluated on its last level alone (D of its 4D channels), as in the paper. Features
-and results go into the checkpoint's folder. `--weights FILE --out DIR` takes V-JEPA 2.1 weights in
-the place of a checkpoint, and `--untrained vit_base` random ones.
+and results go into the checkpoint's folder. `--weights FILE` takes V-JEPA 2.1 weights in the
+place of a checkpoint, `--untrained vit_base` random ones, and their folder is below runs/.
 """
 import argparse
 import functools
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 LABELS, DRAWS = 5, 5  # labelled clips per class, and how often they are drawn
-EPISODES, QUERIES = 600, 15  # and test clips per class of an episode, or as many as there are
+WAY, QUERIES = 5, 15  # classes of an episode, and test clips of each, or as many as there are
 FEWEST_CLIPS = 192  # of a world
 BLOB_CLIPS = [160, 40]  # to train on, to test on, as in the paper
 
@@ -73,8 +73,7 @@ def counts(text):
 def parse(arguments):
     """The command line. Flags that are wrong, or do not go together, end with argparse's words."""
     parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python probe.py --checkpoint runs/NAME/last.pt --shots 1,5,20")
 
     add = parser.add_argument_group("encoder").add_argument
@@ -82,24 +81,24 @@ def parse(arguments):
     add("--weights", help="a V-JEPA 2.1 checkpoint, ViT-B or ViT-L")
     add("--untrained", nargs="?", const="", metavar="SIZE", help="random weights: those of the "
         "run's seed or, without a checkpoint, of a network of this size and --seed")
-    add("--out", metavar="DIR", help="folder for features and results [the checkpoint's]")
+    add("--out", metavar="DIR", help="for features and results [the checkpoint's, or below runs/]")
 
     add = parser.add_argument_group("clips").add_argument
     add("--benchmark", choices=BENCHMARKS)
-    add("--root", metavar="DIR", help="the folder of the datasets (see data.py --check)")
+    add("--root", metavar="DIR", default=".", help="the folder of the datasets (see data.py "
+        "--check) [here]")
     add("--train-list", metavar="CSV", help="videos to learn from, a line `path label` each")
     add("--test-list", metavar="CSV", help="videos to be tested on, likewise")
     add("--frames", type=whole(1), help="of a clip [as in training, else 16]")
     add("--crop", type=whole(1), help="in pixels [as in training, else 224]")
     add("--clips", type=whole(FEWEST_CLIPS), default=2304, metavar="N",
         help="generated clips to train a head on [%(default)s]")
-    add("--blob-clips", type=counts, metavar="TRAIN,TEST", default=BLOB_CLIPS,
-        help="[160,40, as in the paper]")
+    add("--blob-clips", type=whole(1), nargs=2, metavar=("TRAIN", "TEST"), default=BLOB_CLIPS,
+        help="[160 40, as in the paper]")
 
     add = parser.add_argument_group("measurements").add_argument
     add("--shots", type=counts, metavar="K,K,...", help="labelled clips per class, or all")
-    add("--episodes", type=whole(1), nargs="?", const=EPISODES, help=f"how many [{EPISODES}]")
-    add("--way", type=whole(2), default=5, help="classes of an episode [%(default)s]")
+    add("--episodes", type=whole(1), nargs="?", const=600, help="how many [%(const)s]")
     add("--features", metavar="FILE", help="write paths, labels and pooled features "
         "to this file, and stop")
     add("--tokens", action="store_true", help="with --features: those of all tokens")
@@ -108,38 +107,19 @@ def parse(arguments):
         "share one order of clips [%(default)s]")
     add("--seed", type=whole(0), default=0, help="the first, of heads and draws [%(default)s]")
 
-    add = parser.add_argument_group("machine").add_argument
     add("--workers", type=whole(0), default=min(8, os.cpu_count()), help="processes that read "
         "videos [%(default)s]")
+
     flags = parser.parse_args(arguments)
-    check(flags, parser.error)
-    return flags
-
-
-def check(flags, error):
-    """Flags that do not go together."""
-    own = flags.train_list or flags.test_list
     if bool(flags.checkpoint) + bool(flags.weights) + bool(flags.untrained) != 1:
-        error("give one of --checkpoint, --weights and --untrained SIZE")
-    if flags.weights and not flags.out:
-        error("--weights needs --out DIR, a folder for features and results")
-    if own and not (flags.train_list and flags.test_list):
-        error("--train-list and --test-list go together")
-    if own and flags.benchmark:
-        error("--benchmark and your own lists ask for different clips; give one")
-    if len(flags.blob_clips) != 2 or 0 in flags.blob_clips:
-        error("--blob-clips takes two numbers, as 160,40")
-    if (flags.episodes or flags.features) and not (own or flags.benchmark):
-        error("--episodes and --features need --benchmark, or --train-list and --test-list")
-    if flags.tokens and not flags.features:
-        error("--tokens is for --features")
-    if flags.root and not flags.benchmark:
-        error("--root is for --benchmark")
+        parser.error("give one of --checkpoint, --weights and --untrained SIZE")
+    if bool(flags.train_list) != bool(flags.test_list):
+        parser.error("--train-list and --test-list go together")
+    if flags.train_list and flags.benchmark:
+        parser.error("--benchmark and your own lists ask for different clips; give one")
     if flags.benchmark == "blobs" and (flags.frames or flags.crop):
-        error("blobs are 8 frames of 160 px: no --frames, no --crop")
-    if flags.benchmark not in (None, "blobs") and not flags.root:
-        error(f"--benchmark {flags.benchmark} needs --root DIR; "
-                     "`python data.py --check DIR` says what belongs in there")
+        parser.error("blobs are 8 frames of 160 px: no --frames, no --crop")
+    return flags
 
 
 if __name__ == "__main__":
@@ -161,7 +141,6 @@ WEIGHT_DECAY = 0.01
 CHUNK = 16  # clips that are read and encoded together
 ALONG_TRAIN, ALONG_TEST = 400, 128  # along a run: clips to draw labels from, and to be tested on
 MOST_CLASSES = 100_000  # a head has an output for each; a larger label is a date or an identifier
-SIDE_BY_SIDE = 2 ** 26  # features in a step of several heads: more would not fit into memory
 
 
 # ------------------------------------------------------------------------------ frozen encoders
@@ -192,12 +171,7 @@ def make_encoder(config, state=None):
     encoder = Encoder(SIZES[config["model"]], config["patch"], config["tubelet"])
     if state is not None:
         encoder.load_state_dict(state)
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = "cuda"
-    elif torch.backends.mps.is_available():
-        device = "mps"
-    return encoder.eval().to(device)
+    return encoder.eval().to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
 
 
 def open_frozen(flags, untrained):
@@ -209,16 +183,11 @@ def open_frozen(flags, untrained):
     if flags.checkpoint:
         checkpoint, folder = load_checkpoint(flags.checkpoint), Path(flags.checkpoint).parent
         config, state = checkpoint["config"], checkpoint[checkpoint["evaluated"]]
-        about = config["objective"]
-        if config["ablate"]:
-            about += f" without {config['ablate']}"
-        if config["as_released"]:
-            about += " as released"
-        about += f", {checkpoint['evaluated']} encoder at step {checkpoint['step']}"
+        about = f"{checkpoint['evaluated']} of {flags.checkpoint}, step {checkpoint['step']}"
     elif flags.weights:
         encoder, found = load_vjepa(flags.weights)
         config, state = {**config, **found}, encoder.state_dict()
-        about = f"{found['model']} of {flags.weights}"
+        about, folder = f"{found['model']} of {flags.weights}", f"runs/{Path(flags.weights).stem}"
     elif flags.untrained not in SIZES:
         raise ValueError(f"--untrained takes {', '.join(SIZES)}, not {flags.untrained}")
 
@@ -243,34 +212,25 @@ def last_level(encoder, clips):
     return features[..., -encoder.width:].clone()  # a view would keep all levels
 
 
-def encode(encoder, source, items, workers=0, about=""):
-    """Clips of a world or a labelled source as an encoder sees them, a few at a time. Yields the
-    places in `items` of those that can be read [b], their tokens [b, N, D] (None if there are
-    none), and {place: why it cannot be read}."""
+def encode(encoder, source, items, about, workers=0):
+    """Clips of a world or a labelled source as an encoder sees them, a chunk at a time. Yields
+    tokens [b, N, D] and, for each clip, why it cannot be read (a black one stands in for it), or
+    None."""
+    read = functools.partial(data.read_all, source=source)
     if isinstance(source, World):
         read = source.clips
-    else:
-        read = functools.partial(data.read_all, source=source)
     chunks = [items[start:start + CHUNK] for start in range(0, len(items), CHUNK)]
     # With a generator of its own, the loader leaves the global one alone.
     loader = data.load(chunks, workers, collate_fn=read, generator=torch.Generator())
-    start = 0
     for clips in tqdm(loader, f"features of {about}", len(chunks), leave=False, unit="chunk",
                       disable=None):
-        readable = [i for i, clip in enumerate(clips) if torch.is_tensor(clip)]
-        broken = {start + i: clip for i, clip in enumerate(clips) if i not in readable}
-        tokens = None
-        if readable:
-            tokens = last_level(encoder, torch.stack([clips[i] for i in readable]))
-        yield start + torch.tensor(readable, dtype=torch.long), tokens, broken
-        start += len(clips)
+        broken = [None if torch.is_tensor(clip) else clip for clip in clips]
+        shown = [torch.zeros(3, source.frames, source.crop, source.crop) if why else clip
+                 for clip, why in zip(clips, broken)]
+        yield last_level(encoder, torch.stack(shown)), broken
 
 
 # ---------------------------------------------------------------------------------------- heads
-#
-# A head holds its own weights. `logits(p, tokens)` computes S heads side by side: p are their
-# weights by name, each [S, ...], and tokens [G, n, N, D]: G = S clips of their own, or G = 1 set of
-# clips for all heads. It gives [S, n, classes].
 
 
 class Labelled(NamedTuple):
@@ -296,35 +256,21 @@ def reader(features, device):
     return read
 
 
-def linear(p, name, x):
-    """The linear layers `name` of S heads: [S, n, d] -> [S, n, d']."""
-    return torch.baddbmm(p[f"{name}.bias"].unsqueeze(1), x, p[f"{name}.weight"].transpose(1, 2))
+# A head holds its own weights. `logits(p, tokens)` computes S heads side by side: p are their
+# weights by name, each [S, ...], and tokens are [n, N, D] for all heads or, [S, n, N, D], for each
+# its own. It gives [S, n, classes]. In einsum, {s} is the head's letter, if tokens have one.
 
 
 class LinearHead(nn.Module):
-    """One linear layer on the mean of a clip's tokens: the paper's linear head, as it is.
-
-    `standardise` makes it the head of our own probes, which brings each channel to mean 0 and
-    deviation 1 first: frozen features differ in scale by orders of magnitude, no learning rate
-    suits all, and the plain head measures scale, too.
-    """
+    """One linear layer on the mean of a clip's tokens."""
 
     def __init__(self, width, classes):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("deviation", torch.ones(width))
         self.linear = nn.Linear(width, classes)
-
-    def standardise(self, train):
-        """By mean and deviation of all training clips. That takes no labels: few-label probes do
-        it, too."""
-        features = train.features[train.labels >= 0].float().squeeze(1)  # (n, D)
-        self.mean, self.deviation = features.mean(0), features.std(0) + 1e-6
 
     @staticmethod
     def logits(p, tokens):
-        x = (tokens.mean(2) - p["mean"].unsqueeze(1)) / p["deviation"].unsqueeze(1)  # (S, n, D)
-        return linear(p, "linear", x)  # (S, n, classes)
+        return linear(p, "linear", tokens.mean(-2))
 
 
 class AttentiveHead(nn.Module):
@@ -333,41 +279,41 @@ class AttentiveHead(nn.Module):
     Only the class token is read, so it is the only query, the same for every clip. That makes
     attention cheap: a score q . (W_k x) is (W_k^T q) . x, so no key is ever computed (a key bias
     would add the same to all scores and cancel in the softmax), and the mean of values is the
-    value of the mean. Weights start as those of nn.MultiheadAttention do.
+    value of the mean.
     """
 
     def __init__(self, width, classes):
         super().__init__()
-        self.token = nn.Parameter(0.02 * torch.randn(1, width))
-        attention = nn.MultiheadAttention(width, 8)
-        weights = attention.in_proj_weight.detach().chunk(3)
-        self.w_query, self.w_key, self.w_value = map(nn.Parameter, weights)
-        self.b_query, self.b_value = (nn.Parameter(torch.zeros(1, width)) for _ in range(2))
-        self.out = attention.out_proj
+        self.token = nn.Parameter(0.02 * torch.randn(width))
+        self.attention = nn.MultiheadAttention(width, 8)
         self.norm = nn.LayerNorm(width)
         self.linear = nn.Linear(width, classes)
 
     @staticmethod
     def logits(p, tokens):
-        token = p["token"]  # (S, 1, D)
-        S, _, D = token.shape
-        G, n, N, _ = tokens.shape
-        query = p["b_query"] + token @ p["w_query"].mT  # (S, 1, D)
-        query = query.view(S, 8, 1, -1) / math.sqrt(D // 8)
-        direction = (query @ p["w_key"].unflatten(1, (8, -1))).squeeze(2)  # (S, 8, D)
+        token, s = p["token"], "s" if tokens.dim() == 4 else ""  # (S, D)
+        S, D = token.shape
+        w_query, w_key, w_value = p["attention.in_proj_weight"].view(S, 3, 8, -1, D).unbind(1)
+        b_query, _, b_value = p["attention.in_proj_bias"].view(S, 3, 8, -1).unbind(1)  # (S, 8, D/8)
+        query = torch.einsum("sd, shed -> she", token, w_query) + b_query
+        direction = torch.einsum("she, shed -> shd", query / math.sqrt(D // 8), w_key)
 
-        scores = direction.reshape(G, -1, D) @ tokens.flatten(1, 2).mT  # (G, 8 S/G, n N)
-        own = (direction @ token.mT).unsqueeze(2).expand(-1, -1, n, -1)  # (S, 8, n, 1)
-        share = torch.cat((own, scores.view(S, 8, n, N)), dim=-1).softmax(-1)
+        own = torch.einsum("shd, sd -> sh", direction, token)  # the class token's score of itself
+        scores = torch.einsum(f"shd, {s}nkd -> snhk", direction, tokens)
+        own = own[:, None, :, None].expand(*scores.shape[:3], 1)
+        share = torch.cat((own, scores), dim=-1).softmax(-1)  # (S, n, 8, 1 + N)
+        mean = torch.einsum(f"snhk, {s}nkd -> snhd", share[..., 1:], tokens)
+        mean = mean + share[..., :1] * token[:, None, None]
+        value = torch.einsum("snhd, shed -> snhe", mean, w_value) + b_value[:, None]
 
-        mean = share[..., 1:].reshape(G, -1, n, N).transpose(1, 2) @ tokens  # (G, n, 8 S/G, D)
-        mean = mean.view(G, n, -1, 8, D).permute(0, 2, 3, 1, 4).reshape(S, 8, n, D)
-        w_value = p["w_value"].unflatten(1, (8, -1)).mT  # (S, 8, D, D/8)
-        value = mean @ w_value + share[..., :1] * (token.unsqueeze(1) @ w_value)
-        value = value.transpose(1, 2).flatten(2) + p["b_value"]  # (S, n, D)
-        x = F.layer_norm(token + linear(p, "out", value), (D,))
-        x = x * p["norm.weight"].unsqueeze(1) + p["norm.bias"].unsqueeze(1)
-        return linear(p, "linear", x)  # (S, n, classes)
+        x = token[:, None] + linear(p, "attention.out_proj", value.flatten(2))  # (S, n, D)
+        x = F.layer_norm(x, (D,)) * p["norm.weight"][:, None] + p["norm.bias"][:, None]
+        return linear(p, "linear", x)
+
+
+def linear(p, name, x):
+    """The linear layers `name` of S heads: [S or none, n, d] -> [S, n, d']."""
+    return x @ p[f"{name}.weight"].mT + p[f"{name}.bias"][:, None]
 
 
 def clip_order(labels, recipe, seed):
@@ -385,15 +331,13 @@ def clip_order(labels, recipe, seed):
 def train_heads(heads, train, orders, recipe, device, progress=""):
     """AdamW on the mean cross-entropy. orders: the clips of each step, for every head its own, or
     one for all heads. Returns the weights of all heads by name, each [S, ...]."""
-    parameters, buffers = torch.func.stack_module_state([head.to(device) for head in heads])
-    weights = {**parameters, **buffers}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=recipe.lr, weight_decay=WEIGHT_DECAY,
+    weights, _ = torch.func.stack_module_state([head.to(device) for head in heads])
+    optimizer = torch.optim.AdamW(weights.values(), lr=recipe.lr, weight_decay=WEIGHT_DECAY,
                                   fused=True)
     read = reader(train.features, device)
-    steps = list(zip(*orders))
-    for step in tqdm(steps, progress, leave=False, unit="step", disable=None if progress else True):
-        rows = torch.stack(step)  # (G, b)
-        tokens = read(rows.flatten()).unflatten(0, rows.shape)  # (G, b, N, D)
+    for step in tqdm([*zip(*orders)], progress, leave=False, unit="step", disable=None):
+        rows = torch.stack(step).squeeze(0)  # (S, b), or (b) for all heads
+        tokens = read(rows.flatten()).unflatten(0, rows.shape)  # (S, b, N, D) or (b, N, D)
         logits = heads[0].logits(weights, tokens)  # (S, b, classes)
         labels = train.labels[rows].to(device).expand(len(heads), -1)
         # Each head's own mean: the sum over heads gives each the gradient that it has alone.
@@ -411,7 +355,7 @@ def draw_shots(labels, shots, seed):
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     shown = torch.full_like(labels, -1)
     for label in labels.unique():
-        shown[order[labels[order] == label][:shots]] = label
+        shown[order[labels[order] == label][:shots or None]] = label
     return shown
 
 
@@ -422,6 +366,18 @@ def accuracies(recipe, train, test, seeds, device, shots=0, progress=""):
     order. With all labels (0) the heads share the order of the first seed, so that each batch is
     read once for all of them.
     """
+    if min(train.labels.max(), test.labels.max()) < 0:
+        raise ValueError("no clip can be read; `python data.py --check` says why")
+    if recipe.pooled:
+        train, test = train.pool(), test.pool()
+    if recipe.head == "standardised":
+        # Frozen features differ in scale by orders of magnitude: no learning rate suits all, and
+        # the paper's linear head measures scale, too. Statistics take no labels.
+        known = train.features[train.labels >= 0]
+        mean, deviation = known.mean(0), known.std(0) + 1e-6
+        train, test = [Labelled((features - mean) / deviation, labels)
+                       for features, labels in (train, test)]
+
     kind = AttentiveHead if recipe.head == "attentive" else LinearHead
     classes = int(max(train.labels.max(), test.labels.max())) + 1
     heads = []
@@ -429,25 +385,14 @@ def accuracies(recipe, train, test, seeds, device, shots=0, progress=""):
         for seed in seeds:
             torch.default_generator.manual_seed(seed)
             heads.append(kind(train.features.shape[-1], classes))
-            if recipe.head == "standardised":
-                heads[-1].standardise(train)
-
-    if shots:
-        orders = [clip_order(draw_shots(train.labels, shots, seed), recipe, seed) for seed in seeds]
-        together = max(1, SIDE_BY_SIDE // (recipe.batch * train.features[0].numel()))
-    else:
-        orders = [clip_order(train.labels, recipe, seeds[0])]
-        together = len(heads)
-    parts = []
-    for i in range(0, len(heads), together):
-        part = slice(i, i + together)
-        parts.append(train_heads(heads[part], train, orders[part], recipe, device, progress))
-    weights = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    orders = [clip_order(draw_shots(train.labels, shots, seed), recipe, seed)
+              for seed in (seeds if shots else seeds[:1])]
+    weights = train_heads(heads, train, orders, recipe, device, progress)
 
     read, tested = reader(test.features, device), (test.labels >= 0).nonzero().squeeze(1)
     with torch.no_grad():
-        logits = torch.cat([kind.logits(weights, read(rows).unsqueeze(0))
-                            for rows in tested.split(64)], dim=1)  # (S, n, classes)
+        logits = torch.cat([kind.logits(weights, read(rows)) for rows in tested.split(64)],
+                           dim=1)  # (S, n, classes)
     if not logits.isfinite().all():
         raise ValueError("what the head computes is not finite: it diverged, or had too few clips "
                          "to learn from")
@@ -458,27 +403,6 @@ def accuracies(recipe, train, test, seeds, device, shots=0, progress=""):
 # ----------------------------------------------------------- the table of a run, and along a run
 
 
-def features_of(encoder, source, items, keep=None, workers=0, about=""):
-    """Of clips [n] of a world or a labelled source, on the CPU: tokens, float16 [n, N, D], their
-    means [n, 1, D], and which clips can be read, bool [n]. keep: bool [n], the clips whose tokens
-    are wanted, None for all. Rows that are never written take no memory."""
-    readable = torch.zeros(len(items), dtype=torch.bool)
-    tokens = means = None
-    for rows, some, _ in encode(encoder, source, items, workers, about):
-        if some is None:
-            continue
-        if means is None:
-            tokens = torch.empty(len(items), *some.shape[1:], dtype=torch.float16)
-            means = torch.zeros(len(items), 1, encoder.width)
-        readable[rows] = True
-        means[rows] = some.mean(1, keepdim=True).cpu()
-        kept = slice(None) if keep is None else keep[rows]
-        tokens[rows[kept]] = some[kept].half().cpu()
-    if means is None:
-        raise ValueError(f"none of {len(items):,} clips can be read; data.py --check says why")
-    return tokens, means, readable
-
-
 def held_out(encoder, config):
     """Two worlds like a run's, whose clips no run trains on: to learn from, and to be tested on."""
     world = WORLDS[config.get("world", "default")]
@@ -486,9 +410,10 @@ def held_out(encoder, config):
             for i in range(2)]
 
 
-def spread(source, most):
-    """At most so many items of a source, evenly spread."""
-    return range(0, len(source), max(1, len(source) // most))[:most]
+def pick(source, most):
+    """At most so many items: of a world the first, of a labelled source evenly spread ones."""
+    step = 1 if isinstance(source, World) else max(1, len(source) // most)
+    return range(0, len(source), step)[:most]
 
 
 def factors(source, items):
@@ -498,104 +423,79 @@ def factors(source, items):
     return {"class": torch.tensor(source.labels)[items]}
 
 
-def probe_clips(encoder, sources, items, seeds, recipe, shots, about, linear=None, workers=0):
-    """What clips tell of an encoder, top-1 %: {k: {factor: [of each seed]}, "linear": {factor: %}}.
+def look(encoder, source, items, about, workers=0):
+    """What an encoder sees in these clips, float16, with what is known of them:
+    {factor: Labelled}."""
+    tokens, broken = [], []
+    for some, reasons in encode(encoder, source, items, about, workers):
+        tokens.append(some.half().cpu())
+        broken += reasons
+    tokens, readable = torch.cat(tokens), torch.tensor([why is None for why in broken])
+    return {factor: Labelled(tokens, labels.where(readable, -1))
+            for factor, labels in factors(source, items).items()}
 
-    sources, items: a world or a labelled source to learn from and one to be tested on, and which
-    of their clips. k: attentive heads on all tokens, from k labelled clips per class (0, named
+
+def probe_clips(encoder, sources, count, seed=0, shots=(LABELS,), about="the encoder", workers=0):
+    """What clips tell of an encoder, top-1 %: {k: {factor: [of each draw]}, "linear": {factor: %}}.
+
+    sources: a world or a labelled source to learn from, `count` clips of it, and one to be tested
+    on, a third as many. k: attentive heads on all tokens, from k labelled clips per class (0, named
     "all": from all). "linear": a linear head on the mean of the tokens, from all clips.
     """
-    labels = [factors(*each) for each in zip(sources, items)]
-    few = getattr(sources[0], "few", ["class"])
-    if linear is None:
-        linear = getattr(sources[0], "linear", few)
-    drawn = None  # the clips that few-label heads learn from; any, where some cannot be read
-    if isinstance(sources[0], World) and 0 not in shots:
-        drawn = torch.stack([draw_shots(labels[0][factor], max(shots), seed) >= 0
-                             for factor in few for seed in seeds]).any(0)
-    sets = [features_of(encoder, *each, workers, about)
-            for each in zip(sources, items, (drawn, None))]
-
-    def labelled(kind, factor):
-        return [Labelled(features[kind], known[factor].where(features[2], -1))
-                for features, known in zip(sets, labels)]
-
-    device, found = encoder.video.device, {}
+    learn, exam = [look(encoder, source, pick(source, most), about, workers)
+                   for source, most in zip(sources, (count, count // 3))]
+    few, linear = [getattr(sources[0], name, ["class"]) for name in ("few", "linear")]
+    device, seeds, found = encoder.video.device, range(seed, seed + DRAWS), {}
     for k in shots:
         found[str(k or "all")] = {
-            factor: accuracies(recipe, *labelled(0, factor), seeds, device, k, f"{about}: {factor}")
+            factor: accuracies(FEW, learn[factor], exam[factor], seeds, device, k, factor)
             for factor in few}
     found["linear"] = {
-        factor: accuracies(LINEAR, *labelled(1, factor), seeds[:1], device)[0] for factor in linear}
+        factor: accuracies(LINEAR, learn[factor], exam[factor], [seed], device, 0, factor)[0]
+        for factor in linear}
     return found
 
 
-def probe_shapes(encoder, config, count, seed=0, shots=(LABELS,), about="the encoder"):
-    """`probe_clips` of `count` clips of a run's world, tested on a third as many."""
-    items = range(count), range(max(1, count // 3))
-    return probe_clips(encoder, held_out(encoder, config), items, range(seed, seed + DRAWS), FEW,
-                       shots, about)
-
-
-def probe_own(encoder, sources, about="the encoder", count=2304, workers=0):
-    """`probe_clips` of at most `count` clips of your own, tested on a third as many."""
-    items = spread(sources[0], count), spread(sources[1], count // 3)
-    return probe_clips(encoder, sources, items, range(DRAWS), FEW, [LABELS], about, None, workers)
-
-
-def along(encoder, config, sources=None):
+def along(encoder, sources):
     """What few labels tell of an encoder while it trains: {factor, or "class": top-1 %}.
 
-    One attentive head each, trained briefly, from `LABELS` clips per class: clips of the run's
-    world that no run trains on or, if given, labelled sources (train, test). It takes about a
-    second, and leaves the random numbers of the run alone.
+    One attentive head each, trained briefly, from `LABELS` clips per class of a world or a labelled
+    source. It takes about a second, and leaves the random numbers of the run alone.
     """
-    items = [range(ALONG_TRAIN), range(ALONG_TEST)]
-    if sources:
-        items = [range(len(sources[0])), spread(sources[1], ALONG_TEST)]
-    else:
-        sources = held_out(encoder, config)
+    items = [pick(source, most) for source, most in zip(sources, (ALONG_TRAIN, ALONG_TEST))]
     # Only clips with a label for the finest factor are looked at; the others draw from these.
     finest = max(factors(sources[0], items[0]).values(), key=torch.Tensor.max)
-    items[0] = (draw_shots(finest, LABELS, 0) >= 0).nonzero().squeeze(1).tolist()
-    recipe = FEW._replace(steps=math.ceil(FEW.steps * 2 / 3))  # one must not wait for it
-    found = probe_clips(encoder, sources, items, [0], recipe, [LABELS], "the probe", linear=())
-    return {factor: values[0] for factor, values in found[str(LABELS)].items()}
+    items[0] = torch.tensor(items[0])[draw_shots(finest, LABELS, 0) >= 0].tolist()
+    learn, exam = [look(encoder, *each, "the probe") for each in zip(sources, items)]
+    recipe = FEW._replace(steps=FEW.steps * 2 // 3)  # one must not wait for it
+    return {factor: accuracies(recipe, learn[factor], exam[factor], [0], encoder.video.device,
+                               LABELS, factor)[0]
+            for factor in getattr(sources[0], "few", ["class"])}
 
 
-def show(rows, count, chance):
-    """Print what `probe_shapes` or `probe_own` found, {name of an encoder: found}, as one table for
-    each number of labels. chance: {factor: top-1 % without knowledge}."""
-    first = next(iter(rows.values()))
-    for k in [k for k in first if k != "linear"]:
-        print(f"{'':<12}{f'{k} labels per class, attentive head':<{14 * max(3, len(first[k]))}}"
-              f"all {count:,} labels, linear head")
-        few = [*first[k], *[""] * (3 - len(first[k]))]
-        table = {"": [*few, *first["linear"]]}
-        for name, found in rows.items():
-            cells = {factor: f"{np.mean(draws):5.1f} ± {np.std(draws, ddof=1):.1f}"
-                     for factor, draws in found[k].items()}
-            table[name] = [cells.get(factor, "") for factor in few]
-            table[name] += [f"{found['linear'][factor]:5.1f}" for factor in first["linear"]]
-        table["chance"] = [f"{chance[factor]:5.1f}" if factor else "" for factor in table[""]]
-        for name, cells in table.items():
-            print(f"{name:<12}" + "".join(f"{cell:<14}" for cell in cells).rstrip())
+def show(rows, sources, count):
+    """Print what `probe_clips` found, {name of an encoder: found}, as a table beside chance."""
+    learn, exam = [[*factors(source, pick(source, most)).values()][-1]  # of the finest factor
+                   for source, most in zip(sources, (count, count // 3))]
+    classes = getattr(sources[0], "classes", {"class": len({*learn.tolist(), *exam.tolist()})})
+    whose = "generated clips" if isinstance(sources[0], World) else "of your clips"
+    print(f"\nTop-1 % on {len(exam):,} {whose}, held out; ± over {DRAWS} draws of so many labels "
+          f"per class\nfor an attentive head; linear head: all {len(learn):,} labels"
+          + too_few(learn, LABELS))
 
+    def line(name, cells):
+        print(f"{name:<24}" + "".join(f"{cells.get(factor, ''):<14}" for factor in classes))
 
-def show_shapes(rows, count, world="default"):
-    """Print what `probe_shapes` found, {name of an encoder: found}."""
-    print(f"\nTop-1 % on {max(1, count // 3):,} generated clips, held out; one training seed; "
-          f"± over {DRAWS} draws")
-    show(rows, count, {factor: 100 / many for factor, many in WORLDS[world].classes.items()})
-
-
-def show_own(rows, sources, count=2304):
-    """Print what `probe_own` found of these sources, {name of an encoder: found}."""
-    learn, exam = min(count, len(sources[0])), min(count // 3, len(sources[1]))
-    print(f"\nTop-1 % on {exam:,} of your clips, held out; one training seed; "
-          f"± over {DRAWS} draws")
-    show(rows, learn, {"class": 100 / len({*sources[0].labels, *sources[1].labels})})
-    print(too_few(torch.tensor(sources[0].labels), LABELS).strip())
+    line("", {factor: factor for factor in classes})
+    for name, found in rows.items():
+        for kind, values in found.items():
+            if kind == "linear":
+                line(f"{name}, linear", {factor: f"{top:5.1f}" for factor, top in values.items()})
+            else:
+                line(f"{name}, {kind} labels", {
+                    factor: f"{np.mean(draws):5.1f} ± {np.std(draws, ddof=1):.1f}"
+                    for factor, draws in values.items()})
+    line("chance", {factor: f"{100 / many:5.1f}" for factor, many in classes.items()})
 
 
 def too_few(labels, k):
@@ -619,18 +519,14 @@ def open_sources(flags, frames, crop):
             if source.labels is None or max(source.labels) >= MOST_CLASSES:
                 raise ValueError(f"{path} should have lines `path label`, with labels that number "
                                  "the classes from 0")
-        unseen = sorted({*sources[1].labels} - {*sources[0].labels})
-        if unseen:
-            print(f"{lists[0]} has no clip of class {', '.join(map(str, unseen))}, which "
-                  f"{lists[1]} tests")
         both = {*sources[0].paths} & {*sources[1].paths}
         if both:
             print(f"in both lists: {len(both):,} of {len(sources[1]):,} test clips; heads learn "
                   "from them and are tested on them, so the numbers will be too high")
-        name = "-".join(["own", lists[1].parent.name, *dict.fromkeys(path.stem for path in lists)])
+        name = f"own-{lists[1].parent.name}-{lists[0].stem}-{lists[1].stem}"
     elif flags.benchmark in (None, "blobs"):
-        name, (train, test) = "blobs", flags.blob_clips
-        first = 42
+        train, test = flags.blob_clips
+        name, first = "blobs", 42
         if flags.blob_clips != BLOB_CLIPS:
             name, first = f"blobs-{train}-{test}", data.CLEAN_BLOBS
         sources = [data.BlobClips(8, 160, items=items, first=first, directions=True)
@@ -654,11 +550,7 @@ def fingerprint(*parts):
 
 
 def encoder_fingerprint(encoder):
-    """Of every weight, its name and shape, and the number of heads, which no weight tells."""
-    parts = [encoder.blocks[0].attn.heads]
-    for name, weight in encoder.state_dict().items():
-        parts += [name, list(weight.shape), weight]
-    return fingerprint(*parts)
+    return fingerprint(*encoder.state_dict().values())
 
 
 def clips_fingerprint(source):
@@ -674,7 +566,7 @@ def extract(frozen, source, name, pooled, workers):
     """Last-level features of every clip, as Labelled, and what a result says of them, a dict.
 
     They lie in one file, in a folder named after all that they depend on, below features-NAME.
-    Raises ValueError where no clip can be read, or a feature is not finite.
+    Raises ValueError where a feature is not finite.
     """
     encoder, clips = frozen.encoder, clips_fingerprint(source)
     code = [Path(__file__).with_name(each).read_text()
@@ -689,12 +581,7 @@ def extract(frozen, source, name, pooled, workers):
     with locked(folder.parent):
         for other in {*folder.parent.iterdir()} - {folder}:
             shutil.rmtree(other, ignore_errors=True)  # of other weights or clips
-        try:
-            unreadable = fill(folder, encoder, source, name, shape, kind, workers)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(folder)) from None
-    if len(unreadable) == len(source):
-        raise ValueError(f"no clip of {name} can be read; the first is {unreadable['0']}")
+        unreadable = fill(folder, encoder, source, name, shape, kind, workers)
     if unreadable:
         print(f"{len(unreadable):,} of {len(source):,} clips of {name} cannot be read and are left "
               f"out; to try them again, delete {folder}")
@@ -707,62 +594,61 @@ def extract(frozen, source, name, pooled, workers):
 
 
 def fill(folder, encoder, source, name, shape, kind, workers):
-    """Write features.bin: clip by clip [N, D], zeros for one that cannot be read. The file's length
-    says how far it came, so that a killed extraction goes on. Returns {item, as text: why it cannot
-    be read}, which unreadable.json keeps."""
+    """Write features.bin: clip by clip [N, D]. The file's length says how far it came, so that a
+    killed extraction goes on. Returns {item, as text: why it cannot be read}, which unreadable.json
+    keeps."""
     row = math.prod(shape[1:]) * kind.itemsize
     with open(folder / "features.bin", "ab") as file:
         done = file.tell() // row
-        if done != len(source):  # from the last whole chunk or, where it is damaged, the start
-            done = done // CHUNK * CHUNK if done < len(source) else 0
+        if done < len(source):
+            done -= done % CHUNK
         file.truncate(done * row)
-        unreadable = read_json(folder / "unreadable.json") if done else {}
+        unreadable = read_json(folder / "unreadable.json")
         items = range(done, len(source))
-        for rows, tokens, broken in encode(encoder, source, items, workers, name):
-            chunk = torch.zeros(len(rows) + len(broken), *shape[1:], dtype=kind)
-            if tokens is not None:
-                tokens = tokens.mean(1, keepdim=True) if shape[1] == 1 else tokens
-                chunk[rows % CHUNK] = tokens.to(kind).cpu()
-            if not chunk.isfinite().all():
+        for tokens, broken in encode(encoder, source, items, name, workers):
+            if shape[1] == 1:
+                tokens = tokens.mean(1)
+            tokens = tokens.to(kind).cpu()
+            if not tokens.isfinite().all():
                 raise ValueError(f"features of {name} are not finite in {kind}; did the training "
                                  "run diverge?")
-            if broken:
-                unreadable |= {str(items[place]): why for place, why in broken.items()}
-                write_json(folder / "unreadable.json", unreadable)
-            file.write(chunk.numpy())
+            unreadable |= {str(done + i): why for i, why in enumerate(broken) if why}
+            write_json(folder / "unreadable.json", unreadable)
+            file.write(tokens.numpy())
             file.flush()
+            done += len(tokens)
     return unreadable
 
 
 # --------------------------------------------------------------------- episodes, measurements
 
 
-def draw_episodes(train_labels, test_labels, way, shot, episodes, seed):
-    """The clips of each episode: a list of (support [way, shot] of the training split, query [q]
-    of the test split). Depends on the labels and the seed alone. Raises ValueError where there are
-    too few classes."""
+def draw_episodes(train_labels, test_labels, shot, episodes, seed):
+    """The clips of each episode: a list of (support [WAY, shot] of the training split, query [q]
+    of the test split); fewer classes where there are no more. Depends on the labels and the seed
+    alone. Raises ValueError where there are too few."""
     draw = np.random.default_rng(seed)
-    support, query = [
-        {label: np.flatnonzero(labels == label) for label in np.unique(labels) if label >= 0}
-        for labels in (np.asarray(train_labels), np.asarray(test_labels))]
-    classes = [label for label in support if len(support[label]) >= shot and label in query]
-    if len(classes) < way:
-        raise ValueError(f"a {way}-way {shot}-shot episode needs {way} classes with {shot} "
-                         f"training clips and a test clip, and {len(classes)} have them; choose a "
-                         "smaller --way, or add clips")
+    known, tested = train_labels.numpy(), test_labels.numpy()
+    classes = [label for label in np.unique(tested)
+               if label >= 0 and (known == label).sum() >= shot]
+    if len(classes) < 2:
+        raise ValueError(f"a {shot}-shot episode needs two classes with {shot} training clips and "
+                         "a test clip")
     drawn = []
+    way = min(WAY, len(classes))
     for some in [draw.choice(classes, way, replace=False) for _ in range(episodes)]:
-        shown = [draw.choice(support[label], shot, replace=False) for label in some]
-        asked = [draw.permutation(query[label])[:QUERIES] for label in some]
-        drawn.append((np.stack(shown), np.concatenate(asked)))
+        support = [draw.choice(np.flatnonzero(known == label), shot, replace=False)
+                   for label in some]
+        query = [draw.permutation(np.flatnonzero(tested == label))[:QUERIES] for label in some]
+        drawn.append((np.stack(support), np.concatenate(query)))
     return drawn
 
 
-def episode_accuracies(train, test, way, shot, episodes, seed):
+def episode_accuracies(train, test, drawn):
     """Nearest class mean of l2-normalised pooled features, top-1 % of each episode: a list."""
     known, unknown = (F.normalize(clips.features.squeeze(1), dim=-1) for clips in (train, test))
     found = []
-    for support, query in draw_episodes(train.labels, test.labels, way, shot, episodes, seed):
+    for support, query in drawn:
         means = known[support].mean(1)  # (way, D)
         nearest = (unknown[query].unsqueeze(1) - means).square().sum(-1).argmin(1)  # (q)
         right = train.labels[support[:, 0]][nearest] == test.labels[query]
@@ -774,8 +660,7 @@ def measure(recipe, train, test, flags, device):
     """Print and return what the command line asks for: {measurement: {"values": [%], "how": {}}}.
     Those of the same clips with equal "how", which ends with a hash of all labels, used the same
     draws and can be compared in pairs."""
-    labels = fingerprint(train.labels, test.labels)
-    found, pooled = {}, (train.pool(), test.pool()) if flags.shots or flags.episodes else None
+    found, labels = {}, fingerprint(train.labels, test.labels)
 
     def add(name, values, how):
         found[name] = {"values": values, "how": {**how, "labels": labels}}
@@ -784,11 +669,15 @@ def measure(recipe, train, test, flags, device):
             line += f" ± {np.std(values, ddof=1):.2f} over {len(values)}"
         print(line + too_few(train.labels, how.get("k", 0)), flush=True)
 
+    jobs = [(recipe, 0)]
+    if flags.shots or flags.episodes:
+        pooled, jobs = (train.pool(), test.pool()), []
     if flags.episodes:
         for shot in (1, 5):
-            how = dict(way=flags.way, shot=shot, episodes=flags.episodes, seed=flags.seed)
-            add(f"{flags.way}-way {shot}-shot episodes", episode_accuracies(*pooled, **how), how)
-    jobs = [] if pooled else [(recipe, 0)]
+            how = dict(shot=shot, episodes=flags.episodes, seed=flags.seed)
+            drawn = draw_episodes(train.labels, test.labels, *how.values())
+            add(f"{len(drawn[0][0])}-way {shot}-shot episodes",
+                episode_accuracies(*pooled, drawn), how)
     for k in flags.shots or []:  # both heads; 0: all labels
         attentive = recipe if recipe.head == "attentive" else BENCHMARKS["diving48"]
         few = FEW, FEW._replace(head="standardised", pooled=True)
@@ -797,12 +686,10 @@ def measure(recipe, train, test, flags, device):
         if each.epochs and flags.probe_epochs:
             each = each._replace(epochs=flags.probe_epochs)
         seeds = [*range(flags.seed, flags.seed + (DRAWS if k else flags.seeds))]
-        how = {**each._asdict(), "k": k, "seeds": seeds}
-        if len(seeds) > 1 and not k:
-            how["order"] = flags.seed  # of clips: all heads share it
-        sets = pooled if pooled and each.pooled else (train, test)
+        sets = pooled if flags.shots and each.pooled else (train, test)
         name = f"{k or 'all'} labels, {each.head} head"
-        add(name, accuracies(each, *sets, seeds, device, k, name), how)
+        add(name, accuracies(each, *sets, seeds, device, k, name),
+            {**each._asdict(), "k": k, "seeds": seeds})
     return found
 
 
@@ -814,22 +701,16 @@ def evaluate(frozen, name, sources, flags):
         name += "-untrained"
     path = frozen.folder / f"results-{name}.json"
     before = read_json(path)  # before hours of extraction: it may be damaged
-    if flags.episodes:  # likewise: there may be too few classes
-        draw_episodes(*(source.labels for source in sources), flags.way, 5, 0, 0)
     (train, about_train), (test, about_test) = [
         extract(frozen, source, f"{name}-{split}", recipe.pooled, flags.workers)
         for split, source in zip(("train", "test"), sources)]
-    classes = len({*train.labels.tolist(), *test.labels.tolist()} - {-1})
-    chance = 100 / (flags.way if flags.episodes else classes)
+    classes = max(1, len({*train.labels.tolist(), *test.labels.tolist()} - {-1}))
     print(f"{frozen.about}, {name}: {about_train['clips']:,} clips to learn from, "
-          f"{about_test['clips']:,} to be tested on, {classes} classes, chance {chance:.1f}")
+          f"{about_test['clips']:,} to be tested on, {classes} classes, chance {100 / classes:.1f}")
     measurements = measure(recipe, train, test, flags, frozen.encoder.video.device)
 
     what = {"benchmark": name, "encoder": frozen.about,
-            "checkpoint": flags.weights or flags.checkpoint,
-            "sha256": encoder_fingerprint(frozen.encoder),
-            "frames": sources[0].frames, "crop": sources[0].crop,
-            "train": about_train, "test": about_test}
+            "sha256": encoder_fingerprint(frozen.encoder), "train": about_train, "test": about_test}
     if all(before.get(key) == value for key, value in what.items()):
         measurements = before["measurements"] | measurements
     write_json(path, {**what, "measurements": measurements})
@@ -841,13 +722,11 @@ def write_features(frozen, name, sources, flags):
     content = {"encoder": frozen.about, "sha256": encoder_fingerprint(frozen.encoder)}
     kind = "tokens" if flags.tokens else "pooled"
     for split, source in zip(("train", "test"), sources):
-        clips, _ = extract(frozen, source, f"{name}-{kind}-{split}", not flags.tokens,
-                           flags.workers)
-        there = (clips.labels >= 0).nonzero().squeeze(1)
-        features = clips.features[there]  # (n, N, D)
-        content[split] = {"paths": [source.paths[item] for item in there],
-                          "labels": clips.labels[there],
-                          "features": features if flags.tokens else features.squeeze(1)}
+        (features, labels), _ = extract(frozen, source, f"{name}-{kind}-{split}", not flags.tokens,
+                                        flags.workers)
+        there = labels >= 0
+        content[split] = {"paths": np.array(source.paths)[there].tolist(), "labels": labels[there],
+                          "features": features[there] if flags.tokens else features[there, 0]}
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_file(Path(flags.features), buffer.getvalue())
@@ -866,10 +745,10 @@ def main(arguments=None):
         write_features(frozen, name, sources, flags)
         return
     if not (flags.benchmark or own):
-        found = probe_shapes(frozen.encoder, frozen.config, flags.clips, flags.seed,
-                             flags.shots or [LABELS])
-        row = "untrained" if untrained else "encoder"
-        show_shapes({row: found}, flags.clips, frozen.config.get("world", "default"))
+        worlds = held_out(frozen.encoder, frozen.config)
+        found = probe_clips(frozen.encoder, worlds, flags.clips, flags.seed,
+                            flags.shots or [LABELS])
+        show({"untrained" if untrained else "trained": found}, worlds, flags.clips)
     if own and not (flags.shots or flags.episodes):
         flags.shots = [0, LABELS]
     evaluate(frozen, name, sources, flags)

@@ -439,7 +439,8 @@ class Trainer:
         encoder = getattr(self.model, self.evaluated)
         # Blocks would be compiled again for the probe's shapes.
         with torch.compiler.set_stance("force_eager"):
-            found = probe.along(encoder, asdict(self.config), self.labelled)
+            sources = self.labelled or probe.held_out(encoder, asdict(self.config))
+            found = probe.along(encoder, sources)
         self.probes = with_line(self.probes, {"step": step, **found})
         write_file(Path(self.config.out, "probes.csv"), self.probes.encode())
 
@@ -827,21 +828,16 @@ def finish(trainer, folder):
         encoders = {"untrained": build(config).encoder.to(trainer.device),
                     "trained": getattr(trainer.model, trainer.evaluated)}
         own, count = trainer.labelled, config.probe_clips
+        sources = own or probe.held_out(encoders["trained"], asdict(config))
         # Blocks would be compiled again for the probes' shapes.
         with torch.compiler.set_stance("force_eager"):
             for name, encoder in encoders.items():
-                about = f"{name} encoder"
-                if own:
-                    found[name] = probe.probe_own(encoder, own, about, count, config.workers)
-                else:
-                    found[name] = probe.probe_shapes(encoder, asdict(config), count, about=about)
-        if own:
-            probe.show_own(found, own, count)
-            if not config.test_list:
-                print("Held out from the heads: every third clip of a class, in the list's order. "
-                      "The encoder has seen it, without its label.")
-        else:
-            probe.show_shapes(found, count, config.world)
+                found[name] = probe.probe_clips(encoder, sources, count, about=f"{name} encoder",
+                                                workers=config.workers)
+        probe.show(found, sources, count)
+        if own and not config.test_list:
+            print("Held out from the heads: every third clip of a class, in the list's order. The "
+                  "encoder has seen it, without its label.")
         if not own and (config.data or config.root):
             print("These clips are generated, not yours; probe.py reads yours.")
         if collapsed(last):

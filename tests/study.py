@@ -85,7 +85,8 @@ def one_run(flags, shots, fresh=False):
         if fresh:
             probe.HELD_OUT += 2 * (1 + config.seed)
             first = probe.DRAWS * config.seed
-        found = probe.probe_shapes(encoder, settings, config.probe_clips, first, shots)
+        found = probe.probe_clips(encoder, probe.held_out(encoder, settings),
+                                  config.probe_clips, first, shots)
         for kind, values in found.items():
             numbers |= {f"{kind} {factor}": value for factor, value in values.items()}
 
@@ -103,17 +104,17 @@ def one_run(flags, shots, fresh=False):
     return 0
 
 
-BLOB_CLIPS = "800,400"  # to learn from, and to be tested on: other clips than those of any run
+BLOB_CLIPS = "800", "400"  # to learn from, and to be tested on: other clips than those of any run
 
 
 def probe_blobs(encoder, config, shots, folder):
     """Few labels of the paper's blobs: {"5 direction": top-1 % of each draw, ...}."""
-    flags = probe.parse(["--untrained=tiny", "--benchmark=blobs", "--blob-clips", BLOB_CLIPS,
+    flags = probe.parse(["--untrained=tiny", "--benchmark=blobs", "--blob-clips", *BLOB_CLIPS,
                          "--workers=0", f"--shots={','.join(map(str, shots))}"])
     name, *sources = probe.open_sources(flags, 8, 160)
     frozen = probe.Frozen(encoder, config, "the encoder", folder)
     probe.evaluate(frozen, name, sources, flags)
-    results = folder / f"results-blobs-{BLOB_CLIPS.replace(',', '-')}.json"
+    results = folder / f"results-{name}.json"
     found = read_json(results)["measurements"]
     return {f"{k} direction": found[f"{k} labels, attentive head"]["values"] for k in shots}
 

@@ -567,7 +567,7 @@ def test_a_sweep_with_an_objective_of_your_own_goes_on_and_names_what_failed(min
 
     mine()  # forgets mine.py; its checkpoint is evaluated, and its results shown, all the same
     flags = probe.parse(["--checkpoint", "study/mine-seed1/last.pt"])
-    assert probe.open_frozen(flags, False).about == "mine, target encoder at step 3"
+    assert probe.open_frozen(flags, False).about == "target of study/mine-seed1/last.pt, step 3"
     assert study.main(["--table", "study/results.jsonl"]) == 0
     assert "| mine |" in (output := capfd.readouterr().out)
     assert "over 1 objective; rows of three seeds" in output
@@ -585,7 +585,9 @@ def test_a_run_of_a_sweep_is_probed_and_the_untrained_one_has_the_weights_that_a
         == 0
     )
     config, _ = train.parse(flags)
-    expected = probe.probe_shapes(train.build(config).encoder, vars(config), 192, shots=(2,))
+    encoder = train.build(config).encoder
+    worlds = probe.held_out(encoder, vars(config))
+    expected = probe.probe_clips(encoder, worlds, 192, shots=(2,))
     line = json.loads((run / "study.json").read_text())
     assert (line["name"], line["seed"]) == ("untrained", 2)
     assert line["numbers"] == {f"{k} {factor}": value
@@ -595,15 +597,15 @@ def test_a_run_of_a_sweep_is_probed_and_the_untrained_one_has_the_weights_that_a
     monkeypatch.setattr(probe, "HELD_OUT", probe.HELD_OUT)
     fresh = ["--fresh", "--shots", "1", "--child", "--objective=untrained", *flags]
     assert study.main([*fresh, f"--out={run}"]) == 0
-    shapes = [world.seed for world in probe.held_out(train.build(config).encoder, vars(config))]
-    assert shapes == [1_000_003 + 6, 1_000_003 + 7]
-    expected = probe.probe_shapes(train.build(config).encoder, vars(config), 192, 10, shots=(1,))
+    worlds = probe.held_out(encoder, vars(config))
+    assert [world.seed for world in worlds] == [1_000_003 + 6, 1_000_003 + 7]
+    expected = probe.probe_clips(encoder, worlds, 192, 10, shots=(1,))
     line = json.loads((run / "study.json").read_text())
     assert line["numbers"]["1 motion"] == expected["1"]["motion"] and line["flags"]["fresh"]
 
 
 def test_a_run_on_blobs_is_probed_on_other_blobs(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "BLOB_CLIPS", "8,8")
+    monkeypatch.setattr(study, "BLOB_CLIPS", ("8", "8"))
     monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=1))
     run = tmp_path / "baseline-seed0"
     flags = [

@@ -248,7 +248,7 @@ def test_as_released_without_ema_the_evaluated_encoder_is_the_untrained_one(tmp_
     def weigh(encoder, *_, **__):
         weight = sum(p.double().sum().item() for p in encoder.parameters())
         return {"5": {name: [weight] * 5 for name in probe.WORLDS["default"].classes}, "linear": dict.fromkeys(probe.WORLDS["default"].classes, weight)}
-    monkeypatch.setattr(probe, "probe_shapes", weigh)
+    monkeypatch.setattr(probe, "probe_clips", weigh)
     flags = [*QUICK, "--objective", "kinematic", "--steps", "4", "--probe-clips", "192", "--out", str(tmp_path / "run")]
     assert train.main(flags + ["--as-released"] * released) == 0
     found = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -675,31 +675,33 @@ def test_a_run_ends_with_a_table_of_what_result_json_holds(finished, monkeypatch
     assert start.startswith("fwm_hw_ld on cpu, float32, threads: 1; parameters: encoder 843,520, predictor 240,704")
     assert networks == f"generated clips, 16 tokens a clip; run folder: {finished[1]}/run"
     assert "\r" not in output and first.startswith("step 1 of 2: total=") and f"{finished[1]}/run/curves.png" in output
-    heading, kinds, columns, *table = output[output.index("Top-1"):].splitlines()[:6]
-    assert heading == "Top-1 % on 64 generated clips, held out; one training seed; ± over 5 draws"
-    assert kinds.split("  ", 6)[-1].strip().startswith("5 labels per class, attentive head")
-    assert kinds.endswith("all 192 labels, linear head")
-    few, linear = columns.split()[:3], columns.split()[3:]
-    assert (few, linear) == (["direction", "motion", "appearance"], ["direction", "speed", "appearance"])
-    for line, name in zip(table, ("untrained", "trained")):
-        expected = [name]
-        for draws in map(found[name]["5"].get, few):
-            expected += [f"{statistics.mean(draws):.1f}", "±", f"{statistics.stdev(draws):.1f}"]
-        assert line.split() == expected + [f"{found[name]['linear'][factor]:.1f}" for factor in linear]
-    assert table[2].split() == ["chance", "12.5", "3.1", "12.5", "12.5", "25.0", "12.5"]
+    heading, kinds, columns, *table = output[output.index("Top-1"):].splitlines()[:8]
+    assert heading.startswith("Top-1 % on 64 generated clips, held out; ± over 5 draws")
+    assert "linear head: all 192 labels" in kinds
+    assert columns.split() == ["direction", "speed", "appearance", "motion"]
+    for name in ("untrained", "trained"):
+        few, linear = [f"{name}, 5 labels"], [f"{name}, linear"]
+        for draws in map(found[name]["5"].get, ("direction", "appearance", "motion")):
+            few.append(f"{statistics.mean(draws):.1f} ± {statistics.stdev(draws):.1f}")
+        for factor in ("direction", "speed", "appearance"):
+            linear.append(f"{found[name]['linear'][factor]:.1f}")
+        for expected in (few, linear):
+            assert table.pop(0).split() == " ".join(expected).split()
+    assert table[0].split() == ["chance", "12.5", "25.0", "12.5", "3.1"]
     # Another process finds the same numbers: of the target that was saved, and of the random weights of the seed.
     monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=2))
     checkpoint = probe.load_checkpoint(finished[1] / "run" / "last.pt")
     for name, state in (("untrained", None), ("trained", checkpoint["target"])):
         encoder = probe.make_encoder(checkpoint["config"], state)
-        assert probe.probe_shapes(encoder, checkpoint["config"], 192) == found[name]
+        worlds = probe.held_out(encoder, checkpoint["config"])
+        assert probe.probe_clips(encoder, worlds, 192) == found[name]
 
 
 @pytest.mark.parametrize("rank, deviation, dead", [(1.5, 1.0, True), (9.0, 0.05, True), (9.0, 0.5, False)])
 def test_a_table_of_collapsed_features_or_beside_your_own_videos_says_so(tmp_path, videos, monkeypatch, capsys, rank,
                                                                          deviation, dead):
     numbers = {"5": {name: [1.0] * 5 for name in probe.WORLDS["default"].classes}, "linear": dict.fromkeys(probe.WORLDS["default"].classes, 1.0)}
-    monkeypatch.setattr(probe, "probe_shapes", lambda *_, **__: numbers)
+    monkeypatch.setattr(probe, "probe_clips", lambda *_, **__: numbers)
     monkeypatch.setattr(train, "collapse_meter", lambda h: (torch.tensor(rank), torch.tensor(deviation)))
     flags = [*QUICK, "--steps", "1", "--probe-clips", "192", "--out", str(tmp_path / "run")]
     assert train.main(flags + ["--data", str(videos)] * (not dead)) == 0
@@ -714,7 +716,7 @@ def test_a_table_of_collapsed_features_or_beside_your_own_videos_says_so(tmp_pat
 @pytest.fixture
 def weighed(monkeypatch):
     """The probe along a run is replaced by numbers that depend on the weights alone, to the bit."""
-    def weigh(encoder, config, sources=None):
+    def weigh(encoder, sources):
         torch.rand(())  # and on no random number that the run draws
         return {"motion": sum(p.double().sum().item() for p in encoder.parameters())}
     monkeypatch.setattr(probe, "along", weigh)
@@ -740,7 +742,8 @@ def test_probes_along_a_run_change_nothing_and_survive_a_signal(tmp_path, uninte
 def test_the_true_probe_leaves_the_runs_random_numbers_alone():
     trainer = train.Trainer(train.parse(QUICK)[0], CPU)
     before = torch.get_rng_state()
-    probe.along(trainer.model.target, vars(trainer.config))
+    worlds = probe.held_out(trainer.model.target, vars(trainer.config))
+    probe.along(trainer.model.target, worlds)
     assert torch.equal(before, torch.get_rng_state())
 
 
