@@ -5,7 +5,6 @@
     --train-list A.csv --test-list B.csv    your own videos, a line `path label` each: both heads,
                                             on trained and on random weights
     ... --shots 1,5,20,all                  both heads, learning from so few clips per class
-    ... --episodes 600                      5-way 1- and 5-shot episodes, nearest class mean
     ... --features FILE.pt                  no head: the features themselves, for code of your own
 
 An encoder is evaluated on its last level alone (D of its 4D channels), as in the paper. Features
@@ -25,9 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 LABELS, DRAWS = 5, 5  # labelled clips per class, and how often they are drawn
-WAY, QUERIES = 5, 15  # classes of an episode, and test clips of each, or as many as there are
 FEWEST_CLIPS = 192  # of a world
-BLOB_CLIPS = [160, 40]  # to train on, to test on, as in the paper
+BLOB_CLIPS = range(160), range(160, 200)  # to train on, to test on, as in the paper
 
 
 class Recipe(NamedTuple):
@@ -93,12 +91,9 @@ def parse(arguments):
     add("--crop", type=whole(1), help="in pixels [as in training, else 224]")
     add("--clips", type=whole(FEWEST_CLIPS), default=2304, metavar="N",
         help="generated clips to train a head on [%(default)s]")
-    add("--blob-clips", type=whole(1), nargs=2, metavar=("TRAIN", "TEST"), default=BLOB_CLIPS,
-        help="[160 40, as in the paper]")
 
     add = parser.add_argument_group("measurements").add_argument
     add("--shots", type=counts, metavar="K,K,...", help="labelled clips per class, or all")
-    add("--episodes", type=whole(1), nargs="?", const=600, help="how many [%(const)s]")
     add("--features", metavar="FILE", help="write paths, labels and pooled features "
         "to this file, and stop")
     add("--tokens", action="store_true", help="with --features: those of all tokens")
@@ -474,28 +469,27 @@ def along(encoder, sources):
 
 
 def show(rows, sources, count):
-    """Print what `probe_clips` found, {name of an encoder: found}, as a table beside chance."""
-    learn, exam = [[*factors(source, pick(source, most)).values()][-1]  # of the finest factor
-                   for source, most in zip(sources, (count, count // 3))]
-    classes = getattr(sources[0], "classes", {"class": len({*learn.tolist(), *exam.tolist()})})
-    whose = "generated clips" if isinstance(sources[0], World) else "of your clips"
-    print(f"\nTop-1 % on {len(exam):,} {whose}, held out; ± over {DRAWS} draws of so many labels "
-          f"per class\nfor an attentive head; linear head: all {len(learn):,} labels"
+    """Print what `probe_clips` found of these sources, {name of an encoder: found}, as a table
+    beside chance."""
+    learn = max(factors(sources[0], pick(sources[0], count)).values(), key=torch.Tensor.max)
+    classes = getattr(sources[0], "classes", None)
+    if classes is None:
+        classes = {"class": len({*sources[0].labels, *sources[1].labels})}
+    kind = "generated" if isinstance(sources[0], World) else "of your"
+    exam = pick(sources[1], count // 3)
+    print(f"\nTop-1 % on {len(exam):,} {kind} clips, held out; ± over {DRAWS} draws of so many "
+          f"labels per class\nfor an attentive head; linear head: all {len(learn):,} labels"
           + too_few(learn, LABELS))
-
-    def line(name, cells):
-        print(f"{name:<24}" + "".join(f"{cells.get(factor, ''):<14}" for factor in classes))
-
-    line("", {factor: factor for factor in classes})
+    print(f"{'':<24}" + "".join(f"{name:<14}" for name in classes))
     for name, found in rows.items():
         for kind, values in found.items():
-            if kind == "linear":
-                line(f"{name}, linear", {factor: f"{top:5.1f}" for factor, top in values.items()})
-            else:
-                line(f"{name}, {kind} labels", {
-                    factor: f"{np.mean(draws):5.1f} ± {np.std(draws, ddof=1):.1f}"
-                    for factor, draws in values.items()})
-    line("chance", {factor: f"{100 / many:5.1f}" for factor, many in classes.items()})
+            cells = dict.fromkeys(classes, "")
+            for factor, tops in values.items():
+                cells[factor] = f"{np.mean(tops):5.1f}"
+                if kind != "linear":
+                    cells[factor] += f" ± {np.std(tops, ddof=1):.1f}"
+            print(f"{name + ', ' + kind:<24}" + "".join(f"{cell:<14}" for cell in cells.values()))
+    print(f"{'chance':<24}" + "".join(f"{100 / many:5.1f}{'':<9}" for many in classes.values()))
 
 
 def too_few(labels, k):
@@ -525,12 +519,9 @@ def open_sources(flags, frames, crop):
                   "from them and are tested on them, so the numbers will be too high")
         name = f"own-{lists[1].parent.name}-{lists[0].stem}-{lists[1].stem}"
     elif flags.benchmark in (None, "blobs"):
-        train, test = flags.blob_clips
-        name, first = "blobs", 42
-        if flags.blob_clips != BLOB_CLIPS:
-            name, first = f"blobs-{train}-{test}", data.CLEAN_BLOBS
-        sources = [data.BlobClips(8, 160, items=items, first=first, directions=True)
-                   for items in (range(train), range(train, train + test))]
+        name = "blobs"
+        sources = [data.BlobClips(8, 160, items=items, first=42, directions=True)
+                   for items in BLOB_CLIPS]
     else:
         name = flags.benchmark
         sources = [data.open_dataset(name, flags.root, split, frames, crop)
@@ -620,76 +611,30 @@ def fill(folder, encoder, source, name, shape, kind, workers):
     return unreadable
 
 
-# --------------------------------------------------------------------- episodes, measurements
-
-
-def draw_episodes(train_labels, test_labels, shot, episodes, seed):
-    """The clips of each episode: a list of (support [WAY, shot] of the training split, query [q]
-    of the test split); fewer classes where there are no more. Depends on the labels and the seed
-    alone. Raises ValueError where there are too few."""
-    draw = np.random.default_rng(seed)
-    known, tested = train_labels.numpy(), test_labels.numpy()
-    classes = [label for label in np.unique(tested)
-               if label >= 0 and (known == label).sum() >= shot]
-    if len(classes) < 2:
-        raise ValueError(f"a {shot}-shot episode needs two classes with {shot} training clips and "
-                         "a test clip")
-    drawn = []
-    way = min(WAY, len(classes))
-    for some in [draw.choice(classes, way, replace=False) for _ in range(episodes)]:
-        support = [draw.choice(np.flatnonzero(known == label), shot, replace=False)
-                   for label in some]
-        query = [draw.permutation(np.flatnonzero(tested == label))[:QUERIES] for label in some]
-        drawn.append((np.stack(support), np.concatenate(query)))
-    return drawn
-
-
-def episode_accuracies(train, test, drawn):
-    """Nearest class mean of l2-normalised pooled features, top-1 % of each episode: a list."""
-    known, unknown = (F.normalize(clips.features.squeeze(1), dim=-1) for clips in (train, test))
-    found = []
-    for support, query in drawn:
-        means = known[support].mean(1)  # (way, D)
-        nearest = (unknown[query].unsqueeze(1) - means).square().sum(-1).argmin(1)  # (q)
-        right = train.labels[support[:, 0]][nearest] == test.labels[query]
-        found.append(100 * right.double().mean().item())
-    return found
+# ---------------------------------------------------------------------------------- measurements
 
 
 def measure(recipe, train, test, flags, device):
     """Print and return what the command line asks for: {measurement: {"values": [%], "how": {}}}.
     Those of the same clips with equal "how", which ends with a hash of all labels, used the same
     draws and can be compared in pairs."""
-    found, labels = {}, fingerprint(train.labels, test.labels)
-
-    def add(name, values, how):
-        found[name] = {"values": values, "how": {**how, "labels": labels}}
-        line = f"    {name:<36} top-1 {np.mean(values):6.2f}"
-        if len(values) > 1:
-            line += f" ± {np.std(values, ddof=1):.2f} over {len(values)}"
-        print(line + too_few(train.labels, how.get("k", 0)), flush=True)
-
-    jobs = [(recipe, 0)]
-    if flags.shots or flags.episodes:
-        pooled, jobs = (train.pool(), test.pool()), []
-    if flags.episodes:
-        for shot in (1, 5):
-            how = dict(shot=shot, episodes=flags.episodes, seed=flags.seed)
-            drawn = draw_episodes(train.labels, test.labels, *how.values())
-            add(f"{len(drawn[0][0])}-way {shot}-shot episodes",
-                episode_accuracies(*pooled, drawn), how)
-    for k in flags.shots or []:  # both heads; 0: all labels
-        attentive = recipe if recipe.head == "attentive" else BENCHMARKS["diving48"]
+    found, hashed = {}, fingerprint(train.labels, test.labels)
+    pooled = train.pool(), test.pool()
+    for k in flags.shots:  # 0: all labels
         few = FEW, FEW._replace(head="standardised", pooled=True)
-        jobs += [(each, k) for each in (few if k else (attentive, LINEAR))]
-    for each, k in jobs:
-        if each.epochs and flags.probe_epochs:
-            each = each._replace(epochs=flags.probe_epochs)
-        seeds = [*range(flags.seed, flags.seed + (DRAWS if k else flags.seeds))]
-        sets = pooled if flags.shots and each.pooled else (train, test)
-        name = f"{k or 'all'} labels, {each.head} head"
-        add(name, accuracies(each, *sets, seeds, device, k, name),
-            {**each._asdict(), "k": k, "seeds": seeds})
+        for each in few if k else (recipe, LINEAR):
+            if each.epochs and flags.probe_epochs:
+                each = each._replace(epochs=flags.probe_epochs)
+            seeds = [*range(flags.seed, flags.seed + (DRAWS if k else flags.seeds))]
+            sets = pooled if each.pooled else (train, test)
+            name = f"{k or 'all'} labels, {each.head} head"
+            values = accuracies(each, *sets, seeds, device, k, name)
+            how = {**each._asdict(), "k": k, "seeds": seeds, "labels": hashed}
+            found[name] = {"values": values, "how": how}
+            line = f"    {name:<36} top-1 {np.mean(values):6.2f}"
+            if len(values) > 1:
+                line += f" ± {np.std(values, ddof=1):.2f} over {len(values)}"
+            print(line + too_few(train.labels, k), flush=True)
     return found
 
 
@@ -749,8 +694,7 @@ def main(arguments=None):
         found = probe_clips(frozen.encoder, worlds, flags.clips, flags.seed,
                             flags.shots or [LABELS])
         show({"untrained" if untrained else "trained": found}, worlds, flags.clips)
-    if own and not (flags.shots or flags.episodes):
-        flags.shots = [0, LABELS]
+    flags.shots = flags.shots or ([0, LABELS] if own else [0])
     evaluate(frozen, name, sources, flags)
     if own and not untrained:
         evaluate(open_frozen(flags, True), name, sources, flags)

@@ -85,7 +85,6 @@ def run(call):
     if module is probe:
         short += ["--frames", "8", "--crop", "32"] if "--weights" in flags else []
         short += ["--untrained", "tiny"] if "--untrained" in flags else []
-        short += ["--episodes", "2"] if "--episodes" in flags else []
     if "all" in flags:
         short += ["--objective", "baseline,ld"]
     if "--with" in flags:

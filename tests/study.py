@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import data
 import objectives
 import probe
 import train
@@ -104,14 +105,17 @@ def one_run(flags, shots, fresh=False):
     return 0
 
 
-BLOB_CLIPS = "800", "400"  # to learn from, and to be tested on: other clips than those of any run
+BLOB_CLIPS = 800, 400  # to learn from, and to be tested on: other clips than those of any run
 
 
 def probe_blobs(encoder, config, shots, folder):
     """Few labels of the paper's blobs: {"5 direction": top-1 % of each draw, ...}."""
-    flags = probe.parse(["--untrained=tiny", "--benchmark=blobs", "--blob-clips", *BLOB_CLIPS,
-                         "--workers=0", f"--shots={','.join(map(str, shots))}"])
-    name, *sources = probe.open_sources(flags, 8, 160)
+    flags = probe.parse(["--untrained=tiny", "--benchmark=blobs", "--workers=0",
+                         f"--shots={','.join(map(str, shots))}"])
+    learn, exam = BLOB_CLIPS
+    sources = [data.BlobClips(8, 160, items=items, first=data.CLEAN_BLOBS, directions=True)
+               for items in (range(learn), range(learn, learn + exam))]
+    name = f"blobs-{learn}-{exam}"
     frozen = probe.Frozen(encoder, config, "the encoder", folder)
     probe.evaluate(frozen, name, sources, flags)
     results = folder / f"results-{name}.json"

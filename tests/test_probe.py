@@ -26,7 +26,6 @@ from synthetic import Shapes
 
 CONFIG = {"seed": 0, "model": "tiny", "patch": 8, "tubelet": 2, "frames": 4, "crop": 16}
 QUICK = ["--frames", "4", "--crop", "16", "--patch", "8", "--batch", "4"]
-EPISODES = ["5-way 1-shot episodes", "5-way 5-shot episodes"]
 LOADERLESS = ["--workers", "0", "--probe-epochs", "1"]
 
 
@@ -143,12 +142,6 @@ def test_the_blobs_benchmark_is_the_papers_whatever_the_encoder_was_trained_on()
             trained_on = data.BlobClips(frames, crop).blobs.video(42 + i)[0]
             assert torch.equal(trained_on[:, 0], clip[:, 0])
             assert not torch.equal(trained_on[:, :8], clip)
-    # Other numbers of clips share nothing with what a run may train on, which has seeds 0, 1, ...
-    flags = probe.parse(["--checkpoint", "any", "--benchmark", "blobs", "--blob-clips", "12", "4"])
-    name, train_source, test_source = probe.open_sources(flags, 4, 32)
-    assert (name, len(train_source), test_source.labels) == ("blobs-12-4", 12, [4, 5, 6, 7])
-    assert len(data.BlobClips(8, 128)) <= 10_042
-    assert torch.equal(test_source.evaluation_clip(1), naive_blob(10_042 + 13, 5)[0])
 
 
 # ------------------------------------------------------------------------------------------------------------ heads
@@ -336,53 +329,6 @@ def test_k_shot_draws_are_balanced_nested_and_depend_on_labels_and_seed_alone():
     assert not torch.equal(probe.draw_shots(labels, 5, 6), shown[5])
 
 
-def naive_episode_accuracy(train_set, test, support, query):
-    """In loops and plain Python: percent of the query clips whose nearest class mean is their class's."""
-    def unit(vector):
-        length = math.sqrt(sum(float(value) ** 2 for value in vector))
-        return [float(value) / length for value in vector]
-
-    means = {}
-    for clips in support:
-        vectors = [unit(train_set.features[clip, 0]) for clip in clips]
-        means[int(train_set.labels[clips[0]])] = [sum(column) / len(vectors) for column in zip(*vectors)]
-    right = 0
-    for clip in query:
-        vector = unit(test.features[clip, 0])
-        distance = {label: sum((a - b) ** 2 for a, b in zip(vector, mean)) for label, mean in means.items()}
-        right += min(distance, key=distance.get) == int(test.labels[clip])
-    return 100 * right / len(query)
-
-
-@pytest.mark.parametrize("way, shot", [(4, 1), (2, 5)])
-def test_episodes_equal_naive_ones(monkeypatch, way, shot):
-    train_set, test = make_set(60, spread=1.0).pool(), make_set(50, spread=1.0, seed=1).pool()
-    monkeypatch.setattr(probe, "WAY", way)
-    drawn = probe.draw_episodes(train_set.labels, test.labels, shot, 20, 3)
-    expected = [naive_episode_accuracy(train_set, test, *clips) for clips in drawn]
-    found = probe.episode_accuracies(train_set, test, drawn)
-    assert found == pytest.approx(expected) and len(set(expected)) > 5
-
-
-def test_episodes_hold_the_right_clips_and_depend_on_labels_and_seed_alone():
-    known, tested = torch.arange(70) % 7, torch.cat((torch.arange(140) % 7, torch.tensor([7] * 9)))
-    tested[tested == 3] = 2  # class 3 has nothing to test, class 7 nothing to learn from
-    drawn = [probe.draw_episodes(known, tested, 2, 50, seed) for seed in (1, 1, 2)]
-    for support, query in drawn[0]:
-        classes = [*known[support[:, 0]]]
-        assert len({*map(int, classes)} - {3, 7}) == 5 and support.shape == (5, 2)
-        assert known[support].T.tolist() == [classes] * 2 and (support[:, 0] != support[:, 1]).all()
-        assert [tested[query].tolist().count(label) for label in classes] == [15] * 5
-        assert len({*query}) == len(query) == 75
-    same = [[all(map(np.array_equal, a, b)) for a, b in zip(drawn[0], others)] for others in drawn[1:]]
-    assert all(same[0]) and not any(same[1])
-    # Of all classes, where there are fewer than five.
-    (support, _), = probe.draw_episodes(known.where(known < 3, -1), tested, 2, 1, 0)
-    assert sorted(known[support[:, 0]].tolist()) == [0, 1, 2]
-    with pytest.raises(ValueError, match="a 2-shot episode needs two classes with 2 training"):
-        probe.draw_episodes(known.where(known < 1, -1), tested, 2, 1, 0)
-
-
 @pytest.mark.parametrize("shots", [(1, 2), (1, 0)])
 def test_probes_of_moving_shapes_see_the_clips_tokens_and_labels_that_they_name(monkeypatch, shots):
     """Each draw is a head of its seed on the clips of that draw, cut out by hand."""
@@ -429,7 +375,7 @@ def test_the_table_of_moving_shapes_holds_means_deviations_and_chance(capsys):
     assert more.endswith("linear head: all 600 labels")
     assert columns.split() == ["direction", "speed", "appearance", "motion"]
     # Deviations of five: sqrt(1000 / 4), and of 1 2 3 4 6.5, whose mean is 3.3, sqrt(17.8 / 4).
-    assert few.split() == "trained, 5 labels 30.0 ± 15.8 3.3 ± 2.1 4.0 ± 0.0".split()
+    assert few.split() == "trained, 5 30.0 ± 15.8 3.3 ± 2.1 4.0 ± 0.0".split()
     assert linear.split() == "trained, linear 61.2 26.0 99.0".split()
     assert chance.split() == "chance 12.5 25.0 12.5 3.1".split()
 
@@ -494,7 +440,7 @@ def test_the_table_of_your_own_clips_stands_beside_chance_and_says_where_labels_
     assert title.startswith("Top-1 % on 20 of your clips, held out")
     assert more.endswith("all 30 labels (8 of 8 classes have fewer labels, down to 3)")
     assert columns.split() == ["class"]
-    assert few.split() == "trained, 5 labels 30.0 ± 15.8".split()
+    assert few.split() == "trained, 5 30.0 ± 15.8".split()
     assert linear.split() == "trained, linear 61.2".split()
     assert chance.split() == "chance 12.5".split()
 
@@ -583,13 +529,12 @@ def test_damaged_features_are_made_again_and_those_of_others_removed(tmp_path, d
 
 
 def test_a_second_process_on_the_same_features_is_told(tmp_path, capfd, quick_blobs, exit_status):
-    flags = ["--checkpoint", make_checkpoint(tmp_path), "--benchmark", "blobs", "--blob-clips", "8", "8",
-             *LOADERLESS]
-    (tmp_path / "features-blobs-8-8-train").mkdir()
-    with data.locked(tmp_path / "features-blobs-8-8-train"):
+    flags = ["--checkpoint", make_checkpoint(tmp_path), "--benchmark", "blobs", *LOADERLESS]
+    (tmp_path / "features-blobs-train").mkdir()
+    with data.locked(tmp_path / "features-blobs-train"):
         assert exit_status(lambda: sys.exit(probe.main(flags))) == 1
     message, = capfd.readouterr().err.splitlines()
-    assert message.startswith(f"probe.py: another process is at work on {tmp_path}/features-blobs-8-8-train;")
+    assert message.startswith(f"probe.py: another process is at work on {tmp_path}/features-blobs-train;")
     assert probe.main(flags) == 0
 
 
@@ -608,7 +553,8 @@ def test_a_result_says_how_it_came_about_and_keeps_what_was_measured_before(tmp_
     assert [found[split]["source"] for split in ("train", "test")] == [
         probe.clips_fingerprint(source) for source in opened]
     assert "5.mp4" in found["train"]["unreadable"][0] and "165.mp4" in found["test"]["unreadable"][0]
-    assert list(found["measurements"]) == ["all labels, attentive head"]
+    names = [f"all labels, {head} head" for head in ("attentive", "standardised")]
+    assert [*found["measurements"]] == names
     each = found["measurements"]["all labels, attentive head"]
     assert {**each["how"], "labels": 0} == {"head": "attentive", "pooled": False, "lr": 3e-4, "batch": 32,
                                             "epochs": 20, "steps": 0, "k": 0, "seeds": [0, 1], "labels": 0}
@@ -616,13 +562,12 @@ def test_a_result_says_how_it_came_about_and_keeps_what_was_measured_before(tmp_
     mean, deviation = sum(each["values"]) / 2, abs(each["values"][0] - each["values"][1]) / math.sqrt(2)
     output = capsys.readouterr().out
     assert f"top-1 {mean:6.2f} ± {deviation:.2f} over 2\n" in output and "8 classes, chance 12.5\n" in output
-    kept = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
-    assert probe.main([*flags, "--probe-epochs", "1", "--blob-clips", "80", "32"]) == 0  # in files of its own
-    assert (result(tmp_path, "blobs-80-32")["train"]["clips"], {path: path.read_bytes() for path in kept}) == (79, kept)
-    assert probe.main([*flags, "--episodes", "3"]) == 0
-    assert [*result(tmp_path)["measurements"]] == [*found["measurements"], *EPISODES]
+    assert probe.main([*flags, "--shots", "1"]) == 0
+    few = [f"1 labels, {head} head" for head in ("attentive", "standardised")]
+    assert [*result(tmp_path)["measurements"]] == names + few
     options["classes"] = 7  # other clips: what was measured before is not of these
-    assert probe.main([*flags, "--episodes", "3"]) == 0 and len(result(tmp_path)["measurements"]) == 2
+    assert probe.main([*flags, "--shots", "1"]) == 0
+    assert [*result(tmp_path)["measurements"]] == few
 
 
 def test_features_are_written_for_code_of_your_own(tmp_path, quick_blobs, capsys):
@@ -656,7 +601,8 @@ def test_the_same_clips_for_training_and_test_and_classes_that_lack_labels_are_t
 
     monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=2))
     flags = ["--checkpoint", make_checkpoint(tmp_path / "run"), "--benchmark=blobs", *LOADERLESS]
-    assert probe.main([*flags, "--blob-clips", "12", "8", "--shots=1,2"]) == 0
+    monkeypatch.setattr(probe, "BLOB_CLIPS", (range(12), range(12, 20)))
+    assert probe.main([*flags, "--shots=1,2"]) == 0
     output = capsys.readouterr().out
     note = "(4 of 8 classes have fewer labels, down to 1)"
     assert [note in line for line in output.splitlines() if "top-1" in line] == [False] * 2 + [True] * 2
@@ -679,15 +625,15 @@ def test_results_are_of_the_same_clips_only_if_paths_sizes_and_times_are(tmp_pat
 def test_few_label_measurements_are_of_both_heads_and_of_the_same_draws_for_every_checkpoint(
         tmp_path, monkeypatch, quick_blobs):
     monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=2))
-    flags = [*"--benchmark blobs --shots 1,3,all --episodes 30 --seeds 2 --seed 4".split(), *LOADERLESS]
+    flags = [*"--benchmark blobs --shots 1,3,all --seeds 2 --seed 4".split(), *LOADERLESS]
     for seed in (0, 1):
         assert probe.main(["--checkpoint", make_checkpoint(tmp_path / str(seed), seed=seed), *flags]) == 0
     a, b = (result(tmp_path / folder)["measurements"] for folder in ("0", "1"))
-    assert list(a) == list(b) == EPISODES + [
+    assert list(a) == list(b) == [
         f"{k} labels, {head} head" for k in (1, 3, "all") for head in ("attentive", "standardised")]
     assert [a[name]["how"] for name in a] == [b[name]["how"] for name in b]
     assert [a[name]["values"] for name in a] != [b[name]["values"] for name in b]
-    assert [len(each["values"]) for each in a.values()] == [30, 30, 5, 5, 5, 5, 2, 2]
+    assert [len(each["values"]) for each in a.values()] == [5, 5, 5, 5, 2, 2]
     few, every = ([a[f"{k} labels, standardised head"]["how"][key] for key in ("k", "seeds", "steps", "epochs")]
                   for k in (3, "all"))
     assert few == [3, [4, 5, 6, 7, 8], 2, 0] and every == [0, [4, 5], 0, 1]
@@ -714,8 +660,9 @@ def test_the_benchmarks_run_from_their_publishers_files(tmp_path, monkeypatch, m
     found, recipe = result(tmp_path, name), BENCHMARKS[name]
     sources = [data.open_dataset(name, miniature, split, 4, 32) for split in ("train", "test")]
     assert (found["train"]["clips"], found["test"]["clips"]) == tuple(map(len, sources))
-    assert list(found["measurements"]) == [*dict.fromkeys([f"all labels, {recipe.head} head"] + [
-        f"{k} labels, {head} head" for k in (1, "all") for head in ("attentive", "standardised")])]
+    assert list(found["measurements"]) == [
+        f"all labels, {recipe.head} head", "all labels, standardised head",
+        "1 labels, attentive head", "1 labels, standardised head"]
     how = found["measurements"][f"all labels, {recipe.head} head"]["how"]
     assert {key: how[key] for key in recipe._fields} == recipe._replace(epochs=1)._asdict()
     clips = [sources[1].evaluation_clip(item) for item in range(len(sources[1]))]
@@ -756,16 +703,17 @@ def test_own_lists_compare_trained_and_untrained_weights_and_name_what_is_missin
 def test_random_weights_are_evaluated_without_a_checkpoint(tmp_path, monkeypatch, capsys):
     """--seed draws the weights, as train.py draws them, and the first of --seeds heads."""
     monkeypatch.chdir(tmp_path)
-    flags = ["--untrained", "tiny", "--benchmark", "blobs", "--blob-clips", "16", "8", "--seed", "3", "--seeds", "2"]
+    monkeypatch.setattr(probe, "BLOB_CLIPS", (range(16), range(16, 24)))
+    flags = ["--untrained", "tiny", "--benchmark", "blobs", "--seed", "3", "--seeds", "2"]
     assert probe.main([*flags, *LOADERLESS]) == 0
     folder = tmp_path / "runs" / "untrained-tiny-seed3"
-    found, measured = result(folder, "blobs-16-8-untrained"), ["all labels, attentive head"]
-    assert "untrained tiny of seed 3, blobs-16-8-untrained: 16 clips to learn" in capsys.readouterr().out
+    found, measured = result(folder, "blobs-untrained"), ["all labels, attentive head", "all labels, standardised head"]
+    assert "untrained tiny of seed 3, blobs-untrained: 16 clips to learn" in capsys.readouterr().out
     encoder = train.build(train.parse(["--seed", "3", "--patch", "16"])[0]).encoder
     assert found["sha256"] == probe.encoder_fingerprint(encoder) and [*found["measurements"]] == measured
-    sets = [Labelled(stored(folder, count, f"blobs-16-8-untrained-{split}", np.float32), torch.arange(count) % 8)
+    sets = [Labelled(stored(folder, count, f"blobs-untrained-{split}", np.float32), torch.arange(count) % 8)
             for split, count in (("train", 16), ("test", 8))]
-    expected = naive_features(encoder, [synthetic.Blobs(10_042).video(16 + i)[0][:, :8] for i in range(8)])
+    expected = naive_features(encoder, [synthetic.Blobs(42).video(16 + i)[0][:, :8] for i in range(8)])
     assert expected.shape == (8, 4 * 10 * 10, 128)  # 8 frames of 160 pixels, in tokens of 2 x 16 x 16
     torch.testing.assert_close(sets[1].features, expected, rtol=1e-4, atol=1e-4)
     assert found["measurements"][measured[0]]["values"] == probe.accuracies(
@@ -929,7 +877,6 @@ def test_foreign_weights_are_evaluated_like_a_checkpoint(tmp_path, quick_blobs, 
     ("--untrained tiny --benchmark diving48", "probe.py: .* is missing; README.md"),
     ("--untrained tiny --train-list a.csv", "go together"),
     ("--untrained tiny --train-list a --test-list b --benchmark ssv2", "give one"),
-    ("--untrained tiny --blob-clips 160", "expected 2"),
     ("--untrained tiny --probe-epoch 3 --x", "unrecognized"),
     ("--untrained tiny --benchmark blobs --frames 4", "no --frames, no --crop"),
     ("--untrained tiny --benchmark diving48 --root nowhere", "probe.py: .* is missing; README.md"),

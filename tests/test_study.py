@@ -605,7 +605,7 @@ def test_a_run_of_a_sweep_is_probed_and_the_untrained_one_has_the_weights_that_a
 
 
 def test_a_run_on_blobs_is_probed_on_other_blobs(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "BLOB_CLIPS", ("8", "8"))
+    monkeypatch.setattr(study, "BLOB_CLIPS", (8, 8))
     monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=1))
     run = tmp_path / "baseline-seed0"
     flags = [

@@ -680,7 +680,7 @@ def test_a_run_ends_with_a_table_of_what_result_json_holds(finished, monkeypatch
     assert "linear head: all 192 labels" in kinds
     assert columns.split() == ["direction", "speed", "appearance", "motion"]
     for name in ("untrained", "trained"):
-        few, linear = [f"{name}, 5 labels"], [f"{name}, linear"]
+        few, linear = [f"{name}, 5"], [f"{name}, linear"]
         for draws in map(found[name]["5"].get, ("direction", "appearance", "motion")):
             few.append(f"{statistics.mean(draws):.1f} ± {statistics.stdev(draws):.1f}")
         for factor in ("direction", "speed", "appearance"):
