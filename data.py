@@ -45,7 +45,7 @@ VIDEO_FORMATS = {
 VIDEOS = " ".join(VIDEO_FORMATS.values()).split()
 IMAGE_FORMATS = "JPEG PNG BMP PPM TIFF WEBP".split()  # for others Pillow starts Ghostscript
 IMAGES = ".jpg .jpeg .png .bmp .ppm .pgm .tif .tiff .webp".split()
-MOST_PIXELS = 7680 * 4320  # of a frame: a small file can hold huge ones
+MOST_PIXELS = 7680 * 4320  # of a frame: a small file can hold huge ones (images: Pillow's limit)
 
 # Frames that were chosen, uint8 [T, H, W, 3], RGB; and of the whole file the number of its frames,
 # and rate(), how many it shows a second.
@@ -165,7 +165,7 @@ def find_by_time(container, stream, packets, numbers):
     """Frames chosen as {time: number}: {number: RGB picture}, fewer where the decoder disagrees
     with the container."""
     first = min(numbers)
-    start = max(packet[:2] for packet in packets if packet[2] and packet[0] <= first)[1]
+    _, start = max((pts, dts) for pts, dts, is_key, *_ in packets if is_key and pts <= first)
     # All other formats are sought by time of decoding, and behind that lies another key frame.
     if start is None or container.format.name.startswith(("mov", "matroska")):
         start = first
@@ -275,12 +275,8 @@ def read_image(path):
         if not Path(path).is_file():
             raise Unreadable(path, "No such file")
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"it has more than {MOST_PIXELS:,} pixels")
             if image.mode.startswith("I"):  # Pillow would clip to the lower eight bits
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            elif image.mode in ("P", "PA"):  # straight to RGB, Pillow warns of lost transparency
-                image = image.convert("RGBA")
             return np.array(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Unreadable(path, error) from None
@@ -321,29 +317,6 @@ def evaluation_window(n, frames):
     return spread(0, n - 1, frames) if n >= frames else list(range(n)) + [n - 1] * (frames - n)
 
 
-def random_crop(height, width, generator):
-    """A random part of a picture: (top, left, height, width). The numbers are those that
-    torchvision's RandomResizedCrop draws; importing it would take seconds."""
-    def uniform(low, high):
-        return torch.empty(1).uniform_(low, high, generator=generator)
-
-    for _ in range(10):
-        area = height * width * uniform(*AREA).item()
-        ratio = torch.exp(uniform(*torch.log(torch.tensor(RATIO)))).item()
-        tall, wide = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
-        if 0 < tall <= height and 0 < wide <= width:
-            top = torch.randint(height - tall + 1, (1,), generator=generator).item()
-            left = torch.randint(width - wide + 1, (1,), generator=generator).item()
-            return top, left, tall, wide
-    tall, wide = min(height, round(width / RATIO[0])), min(width, round(height * RATIO[1]))
-    return (height - tall) // 2, (width - wide) // 2, tall, wide
-
-
-def resize(pictures, size):
-    """[T, 3, H, W] -> float32 [T, 3, *size]: bilinear, not antialiased, as in the paper's code."""
-    return interpolate(pictures.float(), size, mode="bilinear")
-
-
 class Clips:
     """Clips of video and image files; an image stands still for all of a clip.
 
@@ -371,12 +344,18 @@ class Clips:
             step = fps_step(rate(), self.fps) if self.fps else self.step
             return window(count, self.frames, step, generator)
 
+        from torchvision.transforms import RandomResizedCrop  # takes a second
         pictures = self.read(item, choose)
-        draw = torch.Generator().manual_seed(torch.randint(2 ** 62, (), generator=generator).item())
-        top, left, height, width = random_crop(*pictures.shape[-2:], draw)
+        seed = torch.randint(2 ** 62, (), generator=generator).item()
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+            torch.default_generator.manual_seed(seed)
+            top, left, height, width = RandomResizedCrop.get_params(pictures, AREA, RATIO)
+            flipped = torch.rand(()) < 0.5
         pictures = pictures[..., top:top + height, left:left + width]
-        pictures = resize(pictures, (self.crop, self.crop)).round().to(torch.uint8)
-        if torch.rand((), generator=draw) < 0.5:
+        # Not antialiased, as in the paper's code.
+        pictures = interpolate(pictures.float(), (self.crop, self.crop), mode="bilinear")
+        pictures = pictures.round().to(torch.uint8)
+        if flipped:
             pictures = pictures.flip(-1)
         return self.finish(pictures)
 
@@ -389,7 +368,7 @@ class Clips:
         if is_image(self.paths[item]):  # as usual with ImageNet
             pictures = interpolate(pictures, size, mode="bicubic", antialias=True).float()
         else:
-            pictures = resize(pictures, size)
+            pictures = interpolate(pictures.float(), size, mode="bilinear")
         top, left = [(side - self.crop) // 2 for side in size]
         return self.finish(pictures[..., top:top + self.crop, left:left + self.crop])
 
@@ -458,7 +437,7 @@ class Batches:
 
     def __init__(self, sources, weights, config, make_masks, rank=0, ranks=1):
         self.sources, self.config, self.make_masks = sources, config, make_masks
-        self.size = config.micro_batch or max(1, config.batch // ranks)
+        self.size = config.micro_batch
         each, rest = divmod(config.batch, self.size * ranks)  # micro-batches of a rank
         if rest:
             raise ValueError(f"a batch of {config.batch} is not a multiple of {ranks} ranks x a "
@@ -478,25 +457,24 @@ class Batches:
         shares = torch.rand(batch, dtype=torch.float64, generator=draw)
         items = (shares * self.lengths[sources]).long().tolist()
 
-        def clip(place):  # in the batch of the step
-            own = generator_for(seed, CLIP, step, place)
-            return self.readable_clip(step, self.sources[sources[place]], items[place], own)
-
         micro_batches = []
         for j in self.mine:
             places = range(j * self.size, (j + 1) * self.size)
             if hasattr(self.sources[0], "clips"):
                 clips = self.sources[0].clips([step * batch + place for place in places])
             else:
-                clips = torch.stack([clip(place) for place in places])
+                clips = torch.stack([self.clip(step, place, sources[place], items[place])
+                                     for place in places])
             # The released code draws the same positions on every GPU (lab report, departure 11).
             positions = generator_for(seed, MASK, step, 0 if self.config.as_released else j)
             masks = self.make_masks(clips, positions, generator_for(seed, SIZE, step, 0))
             micro_batches.append((clips, masks))
         return micro_batches
 
-    def readable_clip(self, step, source, item, generator):
-        """A clip of this item, or of the first other one that can be read."""
+    def clip(self, step, place, source, item):
+        """For this place in the batch of a step a clip of an item, or of the first other one that
+        can be read."""
+        source, generator = self.sources[source], generator_for(self.config.seed, CLIP, step, place)
         for _ in range(MAX_UNREADABLE):
             try:
                 return source.clip(item, generator)
@@ -519,14 +497,9 @@ def loader(batches, start=0, workers=0, device=torch.device("cpu")):
 
 
 def load(items, workers, **how):
-    """What torch's DataLoader makes of items in so many worker processes, one by one; no worker
-    outlives an error."""
-    try:
-        yield from DataLoader(items, batch_size=None, num_workers=workers,
-                              worker_init_fn=start_worker, **how)
-    except Exception:
-        end_workers()
-        raise
+    """torch's DataLoader of items, one by one, in so many worker processes."""
+    return DataLoader(items, batch_size=None, num_workers=workers, worker_init_fn=start_worker,
+                      **how)
 
 
 def start_worker(_):
@@ -543,10 +516,9 @@ def end_workers():
     """Kill what is left of the loaders' workers: they ignore the signal by which Python would end
     them."""
     for worker in multiprocessing.active_children():
-        if worker.daemon:
-            with contextlib.suppress(RuntimeError):  # torch's, of a worker that was killed
-                worker.kill()
-                worker.join()
+        with contextlib.suppress(RuntimeError):  # torch's, of a worker that was killed
+            worker.kill()
+            worker.join()
 
 
 # --------------------------------------------------------------------------- lists of your own
@@ -561,10 +533,13 @@ def files_below(folder):
     out."""
     found, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        new = os.path.realpath(place) not in seen  # links may go round in circles
-        seen.add(os.path.realpath(place))
-        folders[:] = sorted(name for name in folders if new and not name.startswith(HIDDEN))
-        found += [Path(place, name) for name in names if new and not name.startswith(HIDDEN)]
+        real = os.path.realpath(place)
+        if real in seen:  # links may go round in circles
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
+        found += [Path(place, name) for name in names if not name.startswith(HIDDEN)]
     return sorted(found)
 
 
@@ -575,45 +550,44 @@ def own_videos(path):
     a whole number; the path ends in a suffix like .mp4, may hold spaces and commas, may stand in
     double quotes, and is relative to the list's folder. In a folder that holds its videos in two
     or more sub-folders, and nowhere else, each of these is a class, numbered in their order.
-    Raises FileNotFoundError where there is nothing, ValueError for a wrong line (with its number).
+    Raises FileNotFoundError where there is nothing, ValueError for a wrong line.
     """
     path = Path(path)
     if path.is_dir():
         paths = [file for file in files_below(path) if file.suffix.lower() in VIDEOS]
         if not paths:
             raise FileNotFoundError(f"there is no video ({', '.join(VIDEOS)}) in or below {path}")
-        folders = [file.parent for file in paths]
-        classes = sorted(set(folders))
+        classes = sorted({file.parent for file in paths})
         if len(classes) < 2 or any(folder.parent != path for folder in classes):
             return Split(paths, None)
-        return Split(paths, [classes.index(folder) for folder in folders])
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; it should be a list of videos, or a "
-                                "folder of them")
-    paths, labels = [], []
-    for i, line in text_lines(path):
+        return Split(paths, [classes.index(file.parent) for file in paths])
+    pairs = []
+    for line in text_lines(path):
         match = LINE.fullmatch(line)
         if not match:
-            raise ValueError(f"line {i} of {path} is not `path` or `path label`: {line}")
-        paths.append(path.parent / match[1])
-        labels.append(match[2] and int(match[2]))
-        if (labels[-1] is None) != (labels[0] is None):
-            had = "a" if match[2] is None else "no"
-            raise ValueError(f"line {i} of {path} is not like those before it, which have {had} "
-                             f"label: {line}")
+            raise ValueError(f"a line of {path} is not `path` or `path label`: {line}")
+        pairs.append((path.parent / match[1], match[2] and int(match[2])))
+    paths, labels = make_split(pairs)
     if not any(map(os.path.exists, paths)):
-        where = f"; the first is looked for at {paths[0]}" if paths else ""
-        raise FileNotFoundError(f"{path} lists no video that exists{where}")
-    return Split(paths, None if labels[0] is None else labels)
+        raise FileNotFoundError(f"{path} lists no video that exists; its first: {paths[:1]}")
+    without = labels.count(None)
+    if 0 < without < len(labels):
+        raise ValueError(f"{path} gives {without} of its {len(labels)} videos no label; give all a "
+                         "label, or none")
+    return Split(paths, None if without else labels)
+
+
+def make_split(pairs):
+    return Split([path for path, _ in pairs], [label for _, label in pairs])
 
 
 def text_lines(path):
-    """(line number, line) of every line of a text file that is not empty."""
+    """The lines of a text file that are not empty."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not a text file in UTF-8") from None
-    return [(i, line.strip()) for i, line in enumerate(lines, start=1) if line.strip()]
+    return [line.strip() for line in lines if line.strip()]
 
 
 def hold_out(split):
@@ -623,13 +597,12 @@ def hold_out(split):
     for path, label in zip(*split):
         seen[label] += 1
         parts[seen[label] % 3 == 0].append((path, label))
-    return tuple(Split([path for path, _ in part], [label for _, label in part]) for part in parts)
+    return tuple(map(make_split, parts))
 
 
 # ------------------------------------------------ the four datasets, as their publishers ship them
 
-# Two Splits, and the class names in the order of their labels.
-Files = namedtuple("Files", "train test classes")
+Files = namedtuple("Files", "train test")  # two Splits
 
 
 def first_there(folder, *names):
@@ -637,109 +610,81 @@ def first_there(folder, *names):
     for name in names:
         if (folder / name).exists():
             return folder / name
-    raise FileNotFoundError(f"{folder / names[0]} is missing")
+    raise FileNotFoundError(f"{folder / names[0]} is missing; README.md, 'The paper's datasets', "
+                            "says what belongs to each and who offers it")
 
 
 def read_split(path, parse):
     """A publisher's list: parse(line of text, or item of JSON) -> (path, label), as a Split."""
     pairs, entries = [], text_lines(path)
-    if path.suffix == ".json":
-        try:
-            content = json.loads("".join(line for _, line in entries))
-            items = content.items() if isinstance(content, dict) else list(content)
-            entries = enumerate(items, start=1)
-        except (RecursionError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not JSON as its publisher writes it: {error}") from None
-    for i, entry in entries:
-        try:
+    try:
+        if path.suffix == ".json":
+            entries = json.loads("".join(entries))
+        for entry in entries:
             pairs.append(parse(entry))
-        except (IndexError, KeyError, TypeError, ValueError):
-            raise ValueError(f"entry {i} of {path} is not as its publisher writes it: "
-                             f"{entry}") from None
+    except (LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"entry {len(pairs) + 1} of {path} is not as its publisher writes it: "
+                         f"{error!r}") from None
     if not pairs:
         raise ValueError(f"{path} lists nothing")
-    return Split(*map(list, zip(*pairs)))
+    return make_split(pairs)
 
 
 def ucf101(root):
     videos = first_there(root, "UCF-101")
-    index, train, test = (first_there(root / "ucfTrainTestlist", f"{name}.txt")
-                          for name in ("classInd", "trainlist01", "testlist01"))
-    names = read_split(index, lambda line: (line.split()[1], int(line.split()[0]) - 1))
-    label = dict(zip(*names))
+    train, test = (first_there(root / "ucfTrainTestlist", f"{name}.txt")
+                   for name in ("trainlist01", "testlist01"))
+    label = {}
 
     def parse(line):  # "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1"; test lines lack the number
-        name = line.split()[0]
-        return videos / name, label[name.split("/")[0]]
-    return Files(read_split(train, parse), read_split(test, parse), sorted(label, key=label.get))
+        name, *number = line.split()
+        folder = name.split("/")[0]
+        if number:
+            label[folder] = int(number[0]) - 1
+        return videos / name, label[folder]
+    return Files(read_split(train, parse), read_split(test, parse))
 
 
 def ssv2(root):
     videos = first_there(root, "20bn-something-something-v2")
     index, train, test = (first_there(root, f"{name}.json", f"labels/{name}.json")
                           for name in ("labels", "train", "validation"))
-    label = dict(zip(*read_split(index, lambda item: (item[0], int(item[1])))))
+    label = read_json(index)
 
     def parse(entry):  # its template is a class name with brackets: "Pushing [something]"
         name = entry["template"].replace("[", "").replace("]", "")
-        return videos / f"{entry['id']}.webm", label[name]
-    return Files(read_split(train, parse), read_split(test, parse), sorted(label, key=label.get))
+        return videos / f"{entry['id']}.webm", int(label[name])
+    return Files(read_split(train, parse), read_split(test, parse))
 
 
 def imagenet100(root):
     splits, classes = [], []
     for folder in (first_there(root, "train"), first_there(root, "val", "validation")):
-        names = sorted(each.name for each in folder.iterdir() if each.is_dir())
-        names = [name for name in names if not name.startswith(HIDDEN)]
-        pairs = [(path, label) for label, name in enumerate(names)
-                 for path in files_below(folder / name) if is_image(path)]
-        splits.append(Split([path for path, _ in pairs], [label for _, label in pairs]))
-        classes.append(names)
-    if classes[0] != classes[1] or not all(split.paths for split in splits):
-        differing = sorted(set(classes[0]) ^ set(classes[1]))[:3]
-        raise ValueError(f"train and val of {root} should hold images of the same classes; they "
-                         f"differ in {', '.join(differing) or 'nothing, and have no images'}")
-    return Files(*splits, classes[0])
+        paths = [path for path in files_below(folder) if is_image(path)]
+        names = [path.relative_to(folder).parts[0] for path in paths]
+        classes.append(sorted(set(names)))
+        splits.append(Split(paths, [classes[-1].index(name) for name in names]))
+    if not classes[0] or classes[0] != classes[1]:
+        raise ValueError(f"train and val of {root} should hold images of the same classes")
+    return Files(*splits)
 
 
 def diving48(root):
-    videos, vocabulary = first_there(root, "rgb"), root / "Diving48_vocab.json"
+    videos = first_there(root, "rgb")
     train, test = (first_there(root, f"Diving48_V2_{name}.json") for name in ("train", "test"))
-    classes = [str(label) for label in range(48)]
-    if vocabulary.exists():
-        classes, _ = read_split(vocabulary, lambda words: (" ".join(words), None))
 
     def parse(entry):
-        return videos / f"{entry['vid_name']}.mp4", range(len(classes)).index(entry["label"])
-    return Files(read_split(train, parse), read_split(test, parse), classes)
+        return videos / f"{entry['vid_name']}.mp4", range(48).index(entry["label"])
+    return Files(read_split(train, parse), read_split(test, parse))
 
 
-class PublicDataset(namedtuple("PublicDataset", "title marker read train test")):
-    """marker: a name that tells its folder. read: folder -> Files. train, test: how many clips were
-    published."""
-
-    def files(self, root):
-        """Its files in a folder, or in one folder below. Raises FileNotFoundError where something
-        is missing."""
-        root = Path(root)
-        found = [*root.glob(self.marker), *sorted(root.glob(f"*/{self.marker}"))]
-        places = [path.parent for path in found]
-        if len(places) > 1 and places[0] != root:
-            raise ValueError(f"both {places[0]} and {places[1]} hold {self.marker}; give one as "
-                             "--root, or move one")
-        try:
-            return self.read(places[0] if places else root)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}; README.md, 'The paper's datasets', says what "
-                                    f"belongs to {self.title} and who offers it") from None
-
-
+# read: folder -> Files. train, test: how many clips were published.
+PublicDataset = namedtuple("PublicDataset", "title read train test")
 DATASETS = {
-    "ucf101": PublicDataset("UCF-101, split 1", "UCF-101", ucf101, 9_537, 3_783),
-    "ssv2": PublicDataset("Something-Something V2", "20bn-something-something-v2", ssv2,
-                          168_913, 24_777),
-    "imagenet100": PublicDataset("ImageNet-100", "train", imagenet100, 126_689, 5_000),
-    "diving48": PublicDataset("Diving-48 V2", "Diving48_V2_train.json", diving48, 15_027, 1_970),
+    "ucf101": PublicDataset("UCF-101, split 1", ucf101, 9_537, 3_783),
+    "ssv2": PublicDataset("Something-Something V2", ssv2, 168_913, 24_777),
+    "imagenet100": PublicDataset("ImageNet-100", imagenet100, 126_689, 5_000),
+    "diving48": PublicDataset("Diving-48 V2", diving48, 15_027, 1_970),
 }
 # The paper's mixed regime: how often each is drawn.
 MIXED = {"ucf101": 0.2, "ssv2": 0.6, "imagenet100": 0.2}
@@ -748,7 +693,7 @@ MIXED = {"ucf101": 0.2, "ssv2": 0.6, "imagenet100": 0.2}
 def open_dataset(name, root, split, *how):
     """The "train" or "test" split of one of the DATASETS as a source. how: frames, crop, step and
     fps of `Clips`."""
-    return Clips(*getattr(DATASETS[name].files(root), split), *how, name=name)
+    return Clips(*getattr(DATASETS[name].read(Path(root)), split), *how, name=name)
 
 
 # ------------------------------------------------------------------------------ what commands share
@@ -763,8 +708,6 @@ def write_file(path, content):
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # the name a user knows
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -778,28 +721,27 @@ def read_json(path):
     damaged file."""
     if not path.exists():
         return {}
-    with contextlib.suppress(ValueError, RecursionError):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-    raise ValueError(f"{path} is damaged; put the whole file back, or delete it")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8-sig")))
+    except (RecursionError, TypeError, ValueError):
+        raise ValueError(f"{path} is damaged; put the whole file back, or delete it") from None
 
 
 @contextlib.contextmanager
 def locked(path):
     """Hold a folder or file for this process alone; the kernel lets go when the process ends,
     however that is."""
-    with contextlib.ExitStack() as held:
-        handle = os.open(path, os.O_RDONLY)
-        held.callback(os.close, handle)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is at work on {path}; wait until it ends, or stop "
-                             "it") from None
-        HELD.append(handle)
-        held.callback(HELD.remove, handle)
+    handle = os.open(path, os.O_RDONLY)
+    HELD.append(handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    except BlockingIOError:
+        raise ValueError(f"another process is at work on {path}; wait until it ends, or stop "
+                         "it") from None
+    finally:
+        HELD.remove(handle)
+        os.close(handle)
 
 
 def command(program, smaller, stopped="stopped"):
@@ -844,13 +786,13 @@ def explain(error, smaller):
     return message.splitlines()[-1].removeprefix("ValueError: ")
 
 
-def number(least, most=10 ** 9, kind=int):
-    """The type of a flag: a number from least to most."""
+def number(least):
+    """The type of a flag: a whole number from `least` on."""
     def convert(text):
-        if not least <= kind(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
-        return kind(text)
-    convert.__name__ = kind.__name__  # argparse says "invalid int value"
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return int(text)
+    convert.__name__ = "int"  # argparse says "invalid int value"
     return convert
 
 
@@ -858,11 +800,11 @@ def number(least, most=10 ** 9, kind=int):
 
 
 def inspect_file(path):
-    """Reads a file as evaluation does: height, width, for videos frames and rate; or the reason why
-    it cannot."""
+    """Reads a file as evaluation does: height, width, number of frames, and of a video its rate; or
+    the reason why it cannot."""
     try:
         if is_image(path):
-            return read_image(path).shape[:2]
+            return *read_image(path).shape[:2], 1
         video = read_video(path, lambda count, rate: evaluation_window(count, 16))
         return *video.frames.shape[1:3], video.count, video.rate()
     except Unreadable as error:
@@ -870,27 +812,19 @@ def inspect_file(path):
 
 
 def inspect(title, paths, workers):
-    """Read every file and print what there is to say: {8: frame step, 16: frame step} at which
-    clips of so many frames spread over the median video, empty for images; None where a run on
+    """Read every file and print what there is to say: the median number of frames, 0 where a run on
     these files would stop."""
-    results = tqdm(load(paths, workers, collate_fn=inspect_file), desc=title, total=len(paths),
-                   unit="file", leave=False, disable=None)
-    reasons, facts = [], []
-    for result in results:
-        (reasons if isinstance(result, str) else facts).append(result)
-    facts = list(zip(*facts))
+    results = [*tqdm(load(paths, workers, collate_fn=inspect_file), desc=title, total=len(paths),
+                     unit="file", leave=False, disable=None)]
+    reasons = [each for each in results if isinstance(each, str)]
+    facts = [*zip(*(each for each in results if not isinstance(each, str)))]
     for what, values in zip(("height", "width", "frames", "frames per second"), facts):
         print(f"    {what}: {min(values):.4g} to {max(values):.4g}")
-    steps = {}
-    if len(facts) > 2:
-        steps = {frames: max(1, round(np.median(facts[2]) / frames)) for frames in (8, 16)}
-        print("    evaluation spreads a clip over all of a video; to match that (median), train "
-              f"with --frame-step {steps[8]} at --frames 8, {steps[16]} at 16")
     print(f"    unreadable: {len(reasons):,}", *reasons[:5], sep="\n      ")
     if len(reasons) > MAX_BROKEN * len(paths):
         print(f"    More than {MAX_BROKEN:.0%} cannot be read: a run would stop.")
-        return None
-    return steps
+        return 0
+    return np.median(facts[2])
 
 
 def check(root, workers):
@@ -904,16 +838,16 @@ def check(root, workers):
                                 "your own videos")
     for name, dataset in DATASETS.items():
         try:
-            files = dataset.files(root)
+            files = dataset.read(root)
         except FileNotFoundError as error:
             missing.append(f"{dataset.title}: not here. {error}")
             continue
-        print(f"{dataset.title}: {len(files.classes)} classes")
-        for split, published in (("test", dataset.test), ("train", dataset.train)):
+        for split in ("test", "train"):
             paths = getattr(files, split).paths
-            print(f"  {split}: {len(paths):,} of {published:,} published clips")
-            usable[name] = inspect(f"{name} {split}", paths, workers) is not None  # of train, last
-    if usable and missing:
+            published = getattr(dataset, split)
+            print(f"{dataset.title}, {split}: {len(paths):,} of {published:,} published clips")
+            usable[name] = inspect(f"{name} {split}", paths, workers)  # of train, last
+    if usable:
         print(*missing, sep="\n")
     place = shlex.quote(str(root))
     for preset, names in (("mixed", MIXED), ("ucf101", ["ucf101"])):
@@ -921,27 +855,27 @@ def check(root, workers):
             print(f"Train with: python train.py --preset {preset} --root {place}")
             return
     paths, labels = own_videos(root)
-    others = Counter(path.suffix or "without suffix" for path in {*files_below(root)} - {*paths})
-    left_out = ", ".join(f"{others[suffix]:,} {suffix}" for suffix in sorted(others)) or "none"
-    print(f"Videos below {root}, of every split: {len(paths):,}; left out as no videos: {left_out}")
+    others = len(files_below(root)) - len(paths)
+    print(f"Videos below {root}, of every split: {len(paths):,}; other files: {others:,}")
     if labels and not usable:
         print(f"    {max(labels) + 1} classes, the sub-folders")
-    steps = inspect("videos", paths, workers)
-    if steps is None:
+    count = inspect("videos", paths, workers)
+    if not count:
         raise ValueError(f"too many of the videos in {root} cannot be read")
+    # Evaluation spreads a clip over all of a video: at this step so does training.
     for device, preset, frames in (("CPU", "", 8), ("GPU", "--preset mixed ", 16)):
         print(f"Train on a {device} with: python train.py {preset}--data {place} "
-              f"--frame-step {steps[frames]}")
+              f"--frame-step {max(1, round(count / frames))}")
 
 
 # --------------------------------------------------------------------------- python data.py --write
 
 
-def write_video(path, clip, fps, codec="libx264"):
+def write_video(path, clip, fps):
     """Write uint8 [3, T, H, W] as a video file; the ending of `path` names the container."""
     import av
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps, pix_fmt="yuv420p")
+        stream = container.add_stream("libx264", rate=fps, pix_fmt="yuv420p")
         stream.height, stream.width = clip.shape[2:]
         for frame in clip.permute(1, 2, 3, 0).contiguous().numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -952,13 +886,11 @@ def write_dataset(folder, source, count, fps):
     """Write items 0 to count-1 of a source as mp4 files, and `videos.csv`, a line "path label" for
     each."""
     folder, lines = Path(folder), []
-    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if taken or folder.is_symlink() or os.path.ismount(folder):
-        raise ValueError(f"{folder} is not a new or empty folder; choose another")
-    place = folder.absolute().parent
-    place.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(folder):
+        raise ValueError(f"{folder} is there already; choose a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     # Renamed when whole, removed when not.
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=place,
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent,
                                      ignore_cleanup_errors=True) as unfinished:
         for item in tqdm(range(count), desc=f"writing to {folder}", unit="clip", disable=None):
             clip, label = source.video(item)
@@ -969,32 +901,21 @@ def write_dataset(folder, source, count, fps):
         os.replace(unfinished, folder)
 
 
-@command("data.py", smaller="--size, --frames or number of --workers")
+@command("data.py", smaller="number of --workers")
 def main(arguments=None):
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Check the datasets or videos "
                                      "in a folder, or write generated clips as videos.")
     job = parser.add_mutually_exclusive_group(required=True)
     job.add_argument("--check", metavar="DIR", help="holds the datasets, or your own videos")
-    job.add_argument("--write", metavar="DIR", help="a new or empty folder for generated clips")
+    job.add_argument("--write", metavar="DIR", help="a new folder for generated clips")
     parser.add_argument("--workers", type=number(1), default=min(8, os.cpu_count()),
                         help="processes that read")
-    parser.add_argument("--kind", choices=("shapes", "blobs"), default="shapes")
     parser.add_argument("--count", type=number(1), default=64, help="number of clips")
-    parser.add_argument("--seed", type=number(0), default=0)
-    parser.add_argument("--frames", type=number(1), default=16, help="frames of a shape clip")
-    parser.add_argument("--size", type=number(1), default=64,
-                        help="side of a shape clip in pixels, even")
     flags = parser.parse_args(arguments)
     if flags.check:
         check(flags.check, flags.workers)
-        return
-    if flags.kind == "blobs":
-        source = Blobs(42 + flags.seed)
-    elif flags.size % 2:
-        parser.error(f"--size is {flags.size}, but the video format needs an even number of pixels")
     else:
-        source = Shapes(flags.frames, flags.size, flags.seed)
-    write_dataset(flags.write, source, flags.count, 8)
+        write_dataset(flags.write, Shapes(16, 64, 0), flags.count, 8)
 
 
 if __name__ == "__main__":

@@ -880,7 +880,7 @@ def test_foreign_weights_are_evaluated_like_a_checkpoint(tmp_path, quick_blobs, 
     ("--untrained tiny --probe-epoch 3 --x", "unrecognized"),
     ("--untrained tiny --benchmark blobs --frames 4", "no --frames, no --crop"),
     ("--untrained tiny --benchmark diving48 --root nowhere", "probe.py: .* is missing; README.md"),
-    ("--untrained tiny --train-list a.csv --test-list b.csv", "probe.py: .*a.csv does not exist"),
+    ("--untrained tiny --train-list a.csv --test-list b.csv", "probe.py: .*a.csv: No such file"),
     ("--untrained tiny --crop 30", "probe.py: a 30x30 crop does not divide into 16x16 patches"),
 ])
 def test_what_cannot_be_done_gives_one_sentence_and_writes_nothing(tmp_path, monkeypatch, capsys, flags, sentence):

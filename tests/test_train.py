@@ -565,7 +565,7 @@ def test_too_many_files_that_cannot_be_read_stop_the_run(tmp_path, videos, capsy
 
 
 @pytest.mark.parametrize("content, sentence", [
-    ("", "no video"), ("a.mp4 x y\n", "line 1"), ("gone.mp4 1\n", "gone.mp4"), ("text.mp4 1\n", "cannot be read")])
+    ("", "no video"), ("a.mp4 x y\n", "a.mp4 x y"), ("gone.mp4 1\n", "gone.mp4"), ("text.mp4 1\n", "cannot be read")])
 def test_a_list_that_gives_no_clip_is_one_sentence(tmp_path, content, sentence, capsys):
     (tmp_path / "text.mp4").write_text("hello")
     (tmp_path / "videos.csv").write_text(content)
