@@ -18,7 +18,6 @@ import io
 import json
 import math
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +45,7 @@ BENCHMARKS = {  # the paper's; which frames and which resizing: data.py
     "blobs": Recipe("attentive", False, 3e-4, 32, 100),
 }
 FEW = Recipe("attentive", False, 1e-3, 32, steps=150)  # for few labels
-LINEAR = Recipe("standardised", True, 3e-3, 256, 40)  # for all labels; why: `LinearHead`
+LINEAR = Recipe("standardised", True, 3e-3, 256, 40)  # for all labels; why: `accuracies`
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -55,8 +54,8 @@ LINEAR = Recipe("standardised", True, 3e-3, 256, 40)  # for all labels; why: `Li
 def whole(least):
     """The type of a flag: a whole number, at least this."""
     def convert(text):
-        if not least <= int(text) < 10 ** 9:
-            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {10 ** 9 - 1}")
+        if int(text) not in range(least, 10 ** 9):
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to 999999999")
         return int(text)
 
     convert.__name__ = "int"  # argparse says "invalid int value"
@@ -208,9 +207,9 @@ def last_level(encoder, clips):
 
 
 def encode(encoder, source, items, about, workers=0):
-    """Clips of a world or a labelled source as an encoder sees them, a chunk at a time. Yields
-    tokens [b, N, D] and, for each clip, why it cannot be read (a black one stands in for it), or
-    None."""
+    """Clips of a world or a labelled source as an encoder sees them, a chunk at a time: yields
+    tokens [b, N, D], NaN for a clip that cannot be read. Raises ValueError where others are not
+    finite."""
     read = functools.partial(data.read_all, source=source)
     if isinstance(source, World):
         read = source.clips
@@ -219,10 +218,14 @@ def encode(encoder, source, items, about, workers=0):
     loader = data.load(chunks, workers, collate_fn=read, generator=torch.Generator())
     for clips in tqdm(loader, f"features of {about}", len(chunks), leave=False, unit="chunk",
                       disable=None):
-        broken = [None if torch.is_tensor(clip) else clip for clip in clips]
-        shown = [torch.zeros(3, source.frames, source.crop, source.crop) if why else clip
-                 for clip, why in zip(clips, broken)]
-        yield last_level(encoder, torch.stack(shown)), broken
+        broken = [not torch.is_tensor(clip) for clip in clips]
+        shown = [torch.zeros(3, source.frames, source.crop, source.crop) if bad else clip
+                 for clip, bad in zip(clips, broken)]
+        tokens = last_level(encoder, torch.stack(shown)).cpu()
+        if not tokens.isfinite().all():
+            raise ValueError(f"features of {about} are not finite; did the training run diverge?")
+        tokens[broken] = math.nan
+        yield tokens
 
 
 # ---------------------------------------------------------------------------------------- heads
@@ -421,12 +424,8 @@ def factors(source, items):
 def look(encoder, source, items, about, workers=0):
     """What an encoder sees in these clips, float16, with what is known of them:
     {factor: Labelled}."""
-    tokens, broken = [], []
-    for some, reasons in encode(encoder, source, items, about, workers):
-        tokens.append(some.half().cpu())
-        broken += reasons
-    tokens, readable = torch.cat(tokens), torch.tensor([why is None for why in broken])
-    return {factor: Labelled(tokens, labels.where(readable, -1))
+    tokens = torch.cat([some.half() for some in encode(encoder, source, items, about, workers)])
+    return {factor: Labelled(tokens, labels.where(~tokens[:, 0, 0].isnan(), -1))
             for factor, labels in factors(source, items).items()}
 
 
@@ -480,16 +479,21 @@ def show(rows, sources, count):
     print(f"\nTop-1 % on {len(exam):,} {kind} clips, held out; ± over {DRAWS} draws of so many "
           f"labels per class\nfor an attentive head; linear head: all {len(learn):,} labels"
           + too_few(learn, LABELS))
-    print(f"{'':<24}" + "".join(f"{name:<14}" for name in classes))
+    table = {"": {name: name for name in classes}}
     for name, found in rows.items():
         for kind, values in found.items():
-            cells = dict.fromkeys(classes, "")
-            for factor, tops in values.items():
-                cells[factor] = f"{np.mean(tops):5.1f}"
-                if kind != "linear":
-                    cells[factor] += f" ± {np.std(tops, ddof=1):.1f}"
-            print(f"{name + ', ' + kind:<24}" + "".join(f"{cell:<14}" for cell in cells.values()))
-    print(f"{'chance':<24}" + "".join(f"{100 / many:5.1f}{'':<9}" for many in classes.values()))
+            table[f"{name}, {kind}"] = {
+                factor: f"{np.mean(tops):5.1f}" + spread(tops) for factor, tops in values.items()}
+    table["chance"] = {name: f"{100 / many:5.1f}" for name, many in classes.items()}
+    for name, cells in table.items():
+        print(f"{name:<24}" + "".join(f"{cells.get(factor, ''):<14}" for factor in classes))
+
+
+def spread(values):
+    """The standard deviation, as text, of a list of more than one."""
+    if np.size(values) < 2:
+        return ""
+    return f" ± {np.std(values, ddof=1):.1f}"
 
 
 def too_few(labels, k):
@@ -556,59 +560,42 @@ def clips_fingerprint(source):
 def extract(frozen, source, name, pooled, workers):
     """Last-level features of every clip, as Labelled, and what a result says of them, a dict.
 
-    They lie in one file, in a folder named after all that they depend on, below features-NAME.
-    Raises ValueError where a feature is not finite.
+    They lie in one file, clip by clip, below features-NAME, named after all that they depend on.
+    Its length says how far it came, so that a killed extraction goes on.
     """
     encoder, clips = frozen.encoder, clips_fingerprint(source)
     code = [Path(__file__).with_name(each).read_text()
             for each in ("model.py", "data.py", "synthetic.py", "probe.py")]
     identity = fingerprint(encoder_fingerprint(encoder), clips, code, pooled)
-    folder = frozen.folder / f"features-{name}" / identity[:16]
-    folder.mkdir(parents=True, exist_ok=True)
+    path = frozen.folder / f"features-{name}" / f"{identity[:16]}.bin"
+    path.parent.mkdir(parents=True, exist_ok=True)
     grid = token_grid(source.frames, source.crop, source.crop, encoder.patch, encoder.tubelet)
     shape = len(source), 1 if pooled else math.prod(grid), encoder.width
     # Blobs keep float32, as in the paper.
     kind = torch.float32 if hasattr(source, "blobs") else torch.float16
-    with locked(folder.parent):
-        for other in {*folder.parent.iterdir()} - {folder}:
-            shutil.rmtree(other, ignore_errors=True)  # of other weights or clips
-        unreadable = fill(folder, encoder, source, name, shape, kind, workers)
-    if unreadable:
-        print(f"{len(unreadable):,} of {len(source):,} clips of {name} cannot be read and are left "
-              f"out; to try them again, delete {folder}")
-    features = torch.from_file(str(folder / "features.bin"), size=math.prod(shape), dtype=kind)
-    labels = torch.tensor(source.labels)
-    labels[[int(item) for item in unreadable]] = -1
-    about = {"clips": len(source) - len(unreadable), "unreadable": [*unreadable.values()],
-             "identity": identity, "source": clips}
-    return Labelled(features.view(shape), labels), about
-
-
-def fill(folder, encoder, source, name, shape, kind, workers):
-    """Write features.bin: clip by clip [N, D]. The file's length says how far it came, so that a
-    killed extraction goes on. Returns {item, as text: why it cannot be read}, which unreadable.json
-    keeps."""
     row = math.prod(shape[1:]) * kind.itemsize
-    with open(folder / "features.bin", "ab") as file:
+
+    with locked(path.parent), open(path, "ab") as file:
+        for other in {*path.parent.iterdir()} - {path}:
+            other.unlink()  # of other weights or clips
         done = file.tell() // row
         if done < len(source):
             done -= done % CHUNK
         file.truncate(done * row)
-        unreadable = read_json(folder / "unreadable.json")
-        items = range(done, len(source))
-        for tokens, broken in encode(encoder, source, items, name, workers):
-            if shape[1] == 1:
+        for tokens in encode(encoder, source, range(done, len(source)), name, workers):
+            if pooled:
                 tokens = tokens.mean(1)
-            tokens = tokens.to(kind).cpu()
-            if not tokens.isfinite().all():
-                raise ValueError(f"features of {name} are not finite in {kind}; did the training "
-                                 "run diverge?")
-            unreadable |= {str(done + i): why for i, why in enumerate(broken) if why}
-            write_json(folder / "unreadable.json", unreadable)
-            file.write(tokens.numpy())
+            file.write(tokens.to(kind).numpy())
             file.flush()
-            done += len(tokens)
-    return unreadable
+
+    features = torch.from_file(str(path), size=math.prod(shape), dtype=kind).view(shape)
+    unreadable = features[:, 0, 0].isnan()
+    if unreadable.any():
+        print(f"{unreadable.sum():,} of {len(source):,} clips of {name} cannot be read and are "
+              f"left out (data.py --check says why); to try them again, delete {path}")
+    about = {"unreadable": np.array(source.paths)[unreadable].tolist(), "identity": identity,
+             "source": clips}
+    return Labelled(features, torch.tensor(source.labels).where(~unreadable, -1)), about
 
 
 # ---------------------------------------------------------------------------------- measurements
@@ -631,10 +618,8 @@ def measure(recipe, train, test, flags, device):
             values = accuracies(each, *sets, seeds, device, k, name)
             how = {**each._asdict(), "k": k, "seeds": seeds, "labels": hashed}
             found[name] = {"values": values, "how": how}
-            line = f"    {name:<36} top-1 {np.mean(values):6.2f}"
-            if len(values) > 1:
-                line += f" ± {np.std(values, ddof=1):.2f} over {len(values)}"
-            print(line + too_few(train.labels, k), flush=True)
+            print(f"    {name:<36} top-1 {np.mean(values):5.1f}{spread(values)} over {len(values)}"
+                  + too_few(train.labels, k), flush=True)
     return found
 
 
@@ -649,13 +634,13 @@ def evaluate(frozen, name, sources, flags):
     (train, about_train), (test, about_test) = [
         extract(frozen, source, f"{name}-{split}", recipe.pooled, flags.workers)
         for split, source in zip(("train", "test"), sources)]
-    classes = max(1, len({*train.labels.tolist(), *test.labels.tolist()} - {-1}))
-    print(f"{frozen.about}, {name}: {about_train['clips']:,} clips to learn from, "
-          f"{about_test['clips']:,} to be tested on, {classes} classes, chance {100 / classes:.1f}")
+    classes = len({*sources[0].labels, *sources[1].labels})
+    print(f"{frozen.about}, {name}: {len(sources[0]):,} clips to learn from, {len(sources[1]):,} "
+          f"to be tested on, {classes} classes, chance {100 / classes:.1f}")
     measurements = measure(recipe, train, test, flags, frozen.encoder.video.device)
 
-    what = {"benchmark": name, "encoder": frozen.about,
-            "sha256": encoder_fingerprint(frozen.encoder), "train": about_train, "test": about_test}
+    what = {"encoder": frozen.about, "sha256": encoder_fingerprint(frozen.encoder),
+            "train": about_train, "test": about_test}
     if all(before.get(key) == value for key, value in what.items()):
         measurements = before["measurements"] | measurements
     write_json(path, {**what, "measurements": measurements})
