@@ -35,7 +35,7 @@ NOT_COMPUTED = ("out", "device", "compile", "threads", "workers", "save_every", 
 # -------------------------------------------------------------------- settings and the command line
 
 
-def setting(default, meaning, least=None, most=10 ** 9, choices=None, group=None):
+def setting(default, meaning, least=0, most=10 ** 9, choices=None, group=None):
     """A field of `Config`, and so a flag. group: the heading of --help that begins with it."""
     return field(default=default, metadata=dict(meaning=meaning, least=least, most=most,
                                                 choices=choices, group=group))
@@ -50,7 +50,7 @@ class Config:
     as_released: bool = setting(False, "behave as the released code, not as its description")
     ablate: str = setting("", "leave an ingredient out; a wrong name prints all")
     out: str = setting("", "the run folder, by default below runs/")
-    seed: int = setting(0, "of weights, clips and masks", 0, 2 ** 32 - 1)
+    seed: int = setting(0, "of weights, clips and masks", most=2 ** 32 - 1)
 
     data: str = setting("", 'your own videos: a list (lines "path label" or "path") or a folder',
                         group="data")
@@ -58,11 +58,11 @@ class Config:
                              "every third clip of a class is kept from the heads")
     root: str = setting("", "the folder that holds the paper's datasets")
     world: str = setting("default", "what synthetic clips show; a wrong name prints all")
-    frames: int = setting(8, "frames of a clip", 1, 10_000)
-    crop: int = setting(32, "height and width of a clip in pixels", 1, 10_000)
+    frames: int = setting(8, "frames of a clip", 1)
+    crop: int = setting(32, "height and width of a clip in pixels", 1)
     frame_step: int = setting(1, "frames of the video from one frame of a clip to the next", 1)
-    fps: int = setting(0, "if given, the frame step is ceil(video's frames per second) // this", 0)
-    max_broken: float = setting(0.05, "stop if more than this share of clips is unreadable", 0, 1)
+    fps: int = setting(0, "if given, the frame step is ceil(video's frames per second) // this")
+    max_broken: float = setting(0.05, "stop if more than this share of clips is unreadable", most=1)
 
     model: str = setting("tiny", "size of the networks; a wrong name prints all", group="model")
     weights: str = setting("", "a V-JEPA 2.1 checkpoint for the encoder to start from")
@@ -71,27 +71,27 @@ class Config:
 
     steps: int = setting(500, "training steps; every schedule is a share of them", 1,
                          group="optimisation")
-    batch: int = setting(16, "clips per step, over all processes", 1, 10 ** 6)
+    batch: int = setting(16, "clips per step, over all processes", 1)
     micro_batch: int = setting(0, "clips that are masked and averaged together; 0: all that a "
-                               "process has of a batch", 0)
-    lr: float = setting(1e-3, "learning rate after warm-up, the first 1 %% of the steps", 0)
-    warmup_lr: float = setting(1e-4, "learning rate before step 0", 0)
-    weight_decay: float = setting(0.04, "of all but biases and 1-D tensors", 0)
-    ema: float = setting(0.97, "momentum of the target encoder", 0, 1)
-    ctx_weight: float = setting(0.5, "what the context loss counts for at the end of the run", 0)
+                               "process has of a batch")
+    lr: float = setting(1e-3, "learning rate after warm-up, the first 1 %% of the steps")
+    warmup_lr: float = setting(1e-4, "learning rate before step 0")
+    weight_decay: float = setting(0.04, "of all but biases and 1-D tensors")
+    ema: float = setting(0.97, "momentum of the target encoder", most=1)
+    ctx_weight: float = setting(0.5, "what the context loss counts for at the end of the run")
 
     device: str = setting("auto", "where to run", choices=["auto", "cuda", "mps", "cpu"],
                           group="machine")
     compile: bool = setting(None, "compile the networks; by default on cuda only")
     threads: int = setting(1, "CPU threads of torch; 0: its own choice. A tiny network gains "
-                           "nothing from a second one, and waits for it on a busy machine", 0, 1024)
-    workers: int = setting(0, "loader processes", 0, 1000)
+                           "nothing from a second one, and waits for it on a busy machine")
+    workers: int = setting(0, "loader processes")
 
     log_every: int = setting(10, "steps between lines of metrics.csv", 1, group="logging")
     save_every: int = setting(100, "steps between checkpoints", 1)
     probe_every: int = setting(100, "steps between lines of probes.csv, accuracies that the "
-                               "encoder reaches with few labels; 0: never", 0)
-    probe_clips: int = setting(2304, "labelled clips of the final table; 0: no table", 0)
+                               "encoder reaches with few labels; 0: never")
+    probe_clips: int = setting(2304, "labelled clips of the final table; 0: no table")
 
     @property
     def grid(self):
@@ -103,7 +103,8 @@ def flag(item):
     return "--" + item.name.replace("_", "-")
 
 
-def make_parser():
+def parse(arguments):
+    """Command line -> (Config, all flags). Whatever is wrong ends the process with one sentence."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], allow_abbrev=False, usage="python train.py [flags]",
         epilog="example: python train.py --objective hw_ld --data clips/videos.csv --steps 2000")
@@ -111,72 +112,63 @@ def make_parser():
     parser.add_argument("--resume", action="store_true", help="continue the run in its folder")
 
     for item in fields(Config):
-        meaning, choices, title = (item.metadata[name] for name in ("meaning", "choices", "group"))
-        if title:
-            group = parser.add_argument_group(title)
-
-        kind = type(item.default)
+        about, kind = item.metadata, type(item.default)
+        if about["group"]:
+            group = parser.add_argument_group(about["group"])
+        how = dict(type=kind, choices=about["choices"])
         if kind is bool or item.default is None:
             how = dict(action=argparse.BooleanOptionalAction)
-        else:
-            how = dict(type=kind, choices=choices)
-            if not choices:
-                how["metavar"] = kind.__name__.upper()
         # No default: what is None was not given, and the preset decides.
-        group.add_argument(flag(item), default=None, help=f"{meaning} [{item.default}]", **how)
-    return parser
-
-
-def read_flags(arguments):
-    """Command line -> (parser, all flags, Config): the preset's values, then what the flags say.
-
-    Wrong flags end the process with one sentence, as argparse does it. Needs no torch.
-    """
-    parser = make_parser()
+        group.add_argument(flag(item), default=None, help=f"{about['meaning']} [{item.default}]",
+                           **how)
     flags = parser.parse_args(arguments)
-    names = [item.name for item in fields(Config)]
-    given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
-    preset = PRESETS[given.get("preset", Config.preset)]
-    config = Config(**{**preset, **given})
+    given = {name: value for name, value in vars(flags).items()
+             if value is not None and name not in ("list", "resume")}
+    config = Config(**{**PRESETS[given.get("preset", Config.preset)], **given})
     if "frame_step" in given and "fps" not in given:
         config.fps = 0
-    if config.data and not config.test_list and "probe_every" not in given:
-        config.probe_every = 0
-
-    for item in fields(Config):
-        value, least, most = getattr(config, item.name), *map(item.metadata.get, ("least", "most"))
-        if least is not None and not least <= value <= most:  # not a number is not, either
-            parser.error(f"argument {flag(item)}: {value} is not from {least} to {most}")
-    needs_root = config.preset in ("mixed", "ucf101") and not config.data
-    if config.root and not needs_root:
-        parser.error("--root is for --preset mixed or ucf101, without --data")
-    if needs_root and not config.root:
-        parser.error(f"--preset {config.preset} needs --root DIR, the folder that holds the "
-                     "paper's datasets, or --data with your own videos; `python data.py --check "
-                     "DIR` says what a folder lacks")
-    if config.test_list and not config.data:
-        parser.error("--test-list needs --data, a list of labelled videos to train on")
-    if config.frames < 2 * config.tubelet:
-        parser.error(f"{config.frames} frames in tubelets of {config.tubelet} give fewer than 2 "
-                     "time steps; raise --frames")
+    check(config, parser.error)
 
     if not config.out:
-        parts = [Path(config.data).stem or config.preset, config.objective]
-        if config.as_released:
-            parts.append("as-released")
-        if config.ablate:
-            parts.append(f"without-{config.ablate}")
-        if config.world != Config.world:
-            parts.append(config.world)
-        if config.ema != preset.get("ema", Config.ema):
-            parts.append(f"ema-{config.ema:g}")
-        config.out = "runs/" + "-".join([*parts, f"seed{config.seed}"])
-    return parser, flags, config
+        about = Path(config.data).stem or config.preset
+        config.out = f"runs/{about}-{config.objective}-seed{config.seed}"
+    return config, flags
+
+
+def check(config, refuse):
+    """Call refuse(sentence) where settings are wrong. What needs no torch comes first."""
+    for item in fields(Config):
+        value = getattr(config, item.name)
+        least, most = item.metadata["least"], item.metadata["most"]
+        # Not a number is not between, either.
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            refuse(f"argument {flag(item)}: {value} is not from {least} to {most}")
+    if config.preset in ("mixed", "ucf101") and not (config.data or config.root):
+        refuse(f"--preset {config.preset} needs --root DIR, the folder that holds the paper's "
+               "datasets, or --data with your own videos; `python data.py --check DIR` says what "
+               "a folder lacks")
+    if config.test_list and not config.data:
+        refuse("--test-list needs --data, a list of labelled videos to train on")
+    if config.frames < 2 * config.tubelet:
+        refuse(f"{config.frames} frames in tubelets of {config.tubelet} give fewer than 2 time "
+               "steps; raise --frames")
+
+    import model
+    import objectives
+    import synthetic
+    tables = {"objective": objectives.OBJECTIVES, "ablate": ("", *objectives.ABLATIONS),
+              "world": synthetic.WORLDS, "model": model.SIZES}
+    for name, known in tables.items():
+        value = getattr(config, name)
+        if value not in known:
+            refuse(f"argument --{name}: there is no {value!r}; one of your own is known to the "
+                   "file that adds it, `python mine.py` (README, Your own objective); choose from "
+                   f"{', '.join(filter(None, known))}")
 
 
 if __name__ == "__main__":
     # Torch takes seconds to import: --help, and a wrong flag, are answered before.
-    read_flags(sys.argv[1:])
+    parse(sys.argv[1:])
 
 import torch
 import torch.distributed as dist
@@ -189,29 +181,10 @@ import probe
 from data import command, locked, read_json, write_file, write_json
 from model import (SIZES, Block, Encoder, Predictor, level_normalise, load_vjepa, normalise,
                    token_grid)
-from objectives import (ABLATIONS, NOT_COMPILED, OBJECTIVES, TERMS, MaskOutputs, Outputs,
-                        check_terms, coefficients, draw_masks, losses, make_heads, mean_over_ranks,
+from objectives import (NOT_COMPILED, OBJECTIVES, TERMS, MaskOutputs, Outputs, check_terms,
+                        coefficients, draw_masks, losses, make_heads, mean_over_ranks,
                         objective_list, released_form, without)
 from synthetic import WORLDS
-
-
-def parse(arguments):
-    """Command line -> (Config, all flags). Whatever is wrong ends the process with one sentence."""
-    parser, flags, config = read_flags(arguments)
-    tables = {"objective": OBJECTIVES, "ablate": ("", *ABLATIONS), "world": WORLDS, "model": SIZES}
-    for name, known in tables.items():
-        if getattr(config, name) in known:
-            continue
-        hint = ""
-        if name == "objective":
-            hint = ("an objective of your own is trained by the file that adds it, `python "
-                    "mine.py` (README, Your own objective); ")
-        parser.error(f"argument --{name}: there is no {getattr(config, name)!r}; {hint}choose from "
-                     f"{', '.join(filter(None, known))}")
-    if 0 < config.probe_clips < probe.FEWEST_CLIPS:
-        parser.error(f"--probe-clips {config.probe_clips} are too few; give at least "
-                     f"{probe.FEWEST_CLIPS}, or 0 for no table")
-    return config, flags
 
 
 # ----------------------------------------------------------------------- the networks, and one step
@@ -303,11 +276,8 @@ def collapse_meter(h, most_tokens=4096):
     spread = torch.arange(count, device=h.device) * len(tokens) // count
     tokens = tokens[spread]
     tokens = tokens - tokens.mean(0)
-    gram = tokens.T @ tokens
-    if gram.device.type == "mps":
-        gram = gram.cpu()
 
-    squared = torch.linalg.eigvalsh(gram)  # singular values, squared
+    squared = torch.linalg.eigvalsh((tokens.T @ tokens).cpu())  # singular values, squared
     squared = squared * (squared > 1e-6 * squared[-1])  # what lies below is rounding
     share = squared.sqrt() / squared.sqrt().sum().clamp(min=1e-12)
     return torch.special.entr(share).sum().exp(), tokens.std(0).mean()
@@ -324,9 +294,8 @@ def collapsed(row):
 def make_optimizer(model, config):
     """AdamW; weight decay on all but biases and 1-D tensors."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    decayed, free = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay},
-              {"params": free, "weight_decay": 0.0}]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
@@ -337,7 +306,12 @@ class Trainer:
         self.config, self.device, self.ranks = config, device, ranks
         self.model = build(config).to(device)
         if config.weights:
-            self.take_over(config.weights)
+            pretrained, found = load_vjepa(config.weights)
+            for name, value in found.items():
+                if getattr(config, name) != value:
+                    raise ValueError(f"{config.weights} needs --{name} {value}")
+            self.model.encoder.load_state_dict(pretrained.state_dict())
+            self.model.target.load_state_dict(pretrained.state_dict())
         self.objective = self.model.objective
         self.evaluated = self.objective.evaluated
         if config.ema == 1 and self.objective.ema:
@@ -345,27 +319,18 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         # The text of metrics.csv and probes.csv. A checkpoint keeps it, and mends the files.
-        self.metrics = self.probes = ""
-        self.labelled = None  # clips of your own to probe, instead of generated ones
+        self.logged = {"metrics.csv": "", "probes.csv": ""}
+        self.first_step = 0
+        # The objective itself beside its name: its coefficients may change between versions.
+        self.definition = json.loads(json.dumps(asdict(self.objective)))
         # Read seldom: reading waits for the device.
         self.healthy = torch.ones((), dtype=torch.bool, device=device)
 
-        self.autocast = nullcontext()
-        if device.type == "cuda":
-            self.autocast = torch.autocast("cuda", torch.bfloat16)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
         # Flash attention then: cuDNN's would plan anew for every token count, and counts change.
         torch.backends.cuda.enable_cudnn_sdp(False)
         if config.compile or (config.compile is None and device.type == "cuda"):
             self.model.compile()
-
-    def take_over(self, path):
-        """Start both encoders from V-JEPA weights; ValueError where the settings do not fit."""
-        pretrained, found = load_vjepa(path)
-        if any(getattr(self.config, name) != value for name, value in found.items()):
-            needed = ", ".join(f"--{name} {value}" for name, value in found.items())
-            raise ValueError(f"{path} needs {needed}")
-        for network in (self.model.encoder, self.model.target):
-            network.load_state_dict(pretrained.state_dict())
 
     def logs(self, step):
         """Whether a step gets a line of metrics.csv."""
@@ -383,8 +348,8 @@ class Trainer:
         numbers = coefficients(self.objective, step, self.config.steps, self.config.ctx_weight)
         context, groups = numbers["ctx"] > 0 or self.logs(step), len(micro_batches) * self.ranks
         # Tensors, since a compiled step would be compiled again for every new Python number.
-        values = torch.tensor(list(numbers.values())).to(self.device, non_blocking=True)
-        weights = dict(zip(numbers, values))
+        values = torch.tensor([*numbers.values()])
+        weights = dict(zip(numbers, values.to(self.device, non_blocking=True)))
         warm = min(1.0, (step + 1) / max(1, self.config.steps // 100))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.warmup_lr + (self.config.lr - self.config.warmup_lr) * warm
@@ -392,7 +357,7 @@ class Trainer:
         found = []
         for clips, masks in micro_batches:
             clips = clips.to(self.device, non_blocking=True)
-            masks = [tuple(tokens.to(self.device, non_blocking=True) for tokens in mask)
+            masks = [[tokens.to(self.device, non_blocking=True) for tokens in mask]
                      for mask in masks]
             # 2. Forward: target encoder once; encoder and predictor once per mask; every loss;
             #    their weighted sum. Each micro-batch has means and statistics of its own.
@@ -400,11 +365,11 @@ class Trainer:
                 losses, h = self.model(clips, masks, weights, context, groups)
             # 3. Backward: gradients add up, and are averaged over all micro-batches of all ranks.
             (losses["total"] / len(micro_batches)).backward()
-            found.append({name: value.detach() for name, value in losses.items()})
-        if not context:  # visible tokens were not predicted; that layer's weights decay alike
-            for p in self.model.predictor.to_visible.parameters():
+            found.append(torch.stack([*losses.values()]).detach())
+        for p in self.trained:
+            if p.grad is None:  # what was left out of this step decays as in any other
                 p.grad = torch.zeros_like(p)
-        gradients = [p.grad for p in self.trained if p.grad is not None]
+        gradients = [p.grad for p in self.trained]
         if self.ranks > 1:
             flat = nn.utils.parameters_to_vector(gradients)
             dist.all_reduce(flat)
@@ -417,8 +382,7 @@ class Trainer:
         # 5. The target follows the encoder: target = momentum * target + (1 - momentum) * encoder.
         if self.objective.ema:
             self.model.update_target(self.config.ema)
-        losses = {name: torch.stack([each[name].float() for each in found]).mean()
-                  for name in found[0]}
+        losses = dict(zip(losses, torch.stack(found).float().mean(0)))
         self.healthy &= losses["total"].isfinite() & gradient_norm.isfinite()
         return losses, h, gradient_norm
 
@@ -439,19 +403,27 @@ class Trainer:
         encoder = getattr(self.model, self.evaluated)
         # Blocks would be compiled again for the probe's shapes.
         with torch.compiler.set_stance("force_eager"):
-            sources = self.labelled or probe.held_out(encoder, asdict(self.config))
-            found = probe.along(encoder, sources)
-        self.probes = with_line(self.probes, {"step": step, **found})
-        write_file(Path(self.config.out, "probes.csv"), self.probes.encode())
+            found = probe.along(encoder, self.sources)
+        self.log("probes.csv", {"step": step, **found})
+
+    def log(self, name, row):
+        """Add a line to metrics.csv or probes.csv, a dict without times, so that on a CPU a resumed
+        run writes the same file; the first brings the heading."""
+        text = self.logged[name] or ",".join(row) + "\n"
+        self.logged[name] = text + ",".join(map(str, row.values())) + "\n"
+        write_file(Path(self.config.out, name), self.logged[name].encode())
+
+    def rows(self, name):
+        """The lines of metrics.csv or probes.csv, each a dict of strings."""
+        return [*csv.DictReader(self.logged[name].splitlines())]
 
     def save(self, folder, step):
         """Write all that a later process needs to go on with `step` as its first step."""
         networks = {name: part.state_dict() for name, part in self.model.named_children()}
         buffer = io.BytesIO()
-        torch.save({"config": asdict(self.config), "definition": asdict(self.objective),
-                    "step": step, "metrics": self.metrics, "probes": self.probes,
-                    "evaluated": self.evaluated, "optimizer": self.optimizer.state_dict(),
-                    **networks}, buffer)
+        torch.save({"config": asdict(self.config), "definition": self.definition,
+                    "step": step, "logged": self.logged, "evaluated": self.evaluated,
+                    "optimizer": self.optimizer.state_dict(), **networks}, buffer)
         write_file(folder / "last.pt", buffer.getvalue())
 
     def load(self, checkpoint):
@@ -460,10 +432,8 @@ class Trainer:
             for name, part in self.model.named_children():
                 part.load_state_dict(checkpoint[name])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.metrics, self.probes = checkpoint["metrics"], checkpoint["probes"]
-            for p, state in self.optimizer.state.items():
-                state["exp_avg"].expand_as(p)  # the fused optimizer would crash
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+            self.logged, self.first_step = checkpoint["logged"], checkpoint["step"]
+        except (KeyError, RuntimeError, ValueError):
             raise ValueError(f"{self.config.out}/last.pt does not fit this run: it is damaged, or "
                              "was written by another version") from None
 
@@ -486,23 +456,21 @@ def training_sources(config):
     return sources, list(shares.values())
 
 
-def labelled_clips(config):
-    """Clips of your own to probe, [to learn from, to be tested on], where --data has labels and the
-    run measures anything; else None. The run itself trains on all of --data, without labels."""
-    if not config.data or not (config.probe_clips or config.probe_every):
-        return None
-    splits = [data.own_videos(path) for path in (config.data, config.test_list) if path]
-    labels = [label for split in splits for label in split.labels or []]
-    if config.test_list and None in [split.labels for split in splits]:
-        raise ValueError("--data and --test-list both need a label behind each path")
-    if labels and max(labels) >= probe.MOST_CLASSES:
-        raise ValueError(f"{max(labels)} is no label: they number the classes from 0; give "
-                         "--probe-clips 0 to train without probes")
-    if labels and not config.test_list:
-        splits = data.hold_out(*splits)
-    if not labels or not splits[1].paths:
-        return None
-    return [data.Clips(*split, config.frames, config.crop) for split in splits]
+def probed_clips(config, encoder):
+    """Clips that probes learn from, and are tested on: those of --data and --test-list where both
+    have labels, else generated ones. The run itself trains on all of --data, without labels."""
+    if config.data and (config.probe_clips or config.probe_every):
+        learn = exam = data.own_videos(config.data)
+        if config.test_list:
+            exam = data.own_videos(config.test_list)
+        elif learn.labels:
+            learn, exam = data.hold_out(learn)
+        if learn.labels and exam.labels:
+            if max(learn.labels + exam.labels) >= probe.MOST_CLASSES:
+                raise ValueError("a label is too large: they number the classes from 0; give "
+                                 "--probe-clips 0 --probe-every 0 to train without probes")
+            return [data.Clips(*split, config.frames, config.crop) for split in (learn, exam)]
+    return probe.held_out(encoder, asdict(config))
 
 
 def prepare(config, rank, ranks, device):
@@ -510,13 +478,11 @@ def prepare(config, rank, ranks, device):
     # The micro-batch in force decides masks and statistics: all that a checkpoint says includes it.
     config.micro_batch = config.micro_batch or max(1, config.batch // ranks)
     # Before the networks, which take seconds: a wrong path is said at once.
-    sources, labelled = training_sources(config), labelled_clips(config)
+    sources = training_sources(config)
     trainer = Trainer(config, device, ranks)
-    trainer.labelled = labelled
+    trainer.sources = probed_clips(config, trainer.model.encoder)
     make_masks = functools.partial(draw_masks, grid=config.grid, masking=trainer.objective.masking)
     batches = data.Batches(*sources, config, make_masks, rank, ranks)
-    clips = torch.zeros(batches.size, 3, config.frames, config.crop, config.crop, dtype=torch.uint8)
-    make_masks(clips, torch.Generator(), torch.Generator())  # refuses what is too small for masks
     return trainer, batches
 
 
@@ -524,24 +490,23 @@ def start_ranks(config):
     """(rank, number of ranks, device); starts the process group under torchrun."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    name = config.device
-    if name == "auto":
-        name = next(each for each in there if there[each])
-    if not there[name]:
-        raise ValueError(f"--device {name}: torch finds no such device here; leave the flag out")
-    ranks, device = int(os.environ.get("WORLD_SIZE", 1)), torch.device(name)
+    found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = found if config.device == "auto" else torch.device(config.device)
+    if device.type not in ("cpu", found.type):
+        raise ValueError(f"--device {device}: torch finds no such device here; leave the flag out")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
     if ranks == 1:
         return 0, 1, device
 
-    if name == "cuda":
-        device, found = torch.device(name, int(os.environ["LOCAL_RANK"])), torch.cuda.device_count()
+    backend = "gloo"
+    if device.type == "cuda":
+        found, backend = torch.cuda.device_count(), "cpu:gloo,cuda:nccl"
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if device.index >= found:
             raise ValueError(f"this machine has {found} GPUs; give torchrun "
                              f"--nproc_per_node={found}, or fewer")
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
+    dist.init_process_group(backend)
     return dist.get_rank(), ranks, device
 
 
@@ -572,96 +537,67 @@ class StopSignal(ExitStack):
 # ----------------------------------------------------------------------------------- the run folder
 
 
-def differences(there, here, place=""):
-    """Where two dicts of settings compute something different, as text with both values."""
-    found = []
-    for name in [name for name in {**here, **there} if name not in NOT_COMPUTED]:
-        before, now = there.get(name), here.get(name)
-        if isinstance(before, dict) and isinstance(now, dict):
-            found += differences(before, now, f"{place}{name}.")
-        elif before != now:
-            found.append(f"{place}{name} {before} there, {now} here")
-    return found
-
-
 def open_run(config, trainer, resume):
     """Judge the run folder, and let the trainer go on from the checkpoint in it, which is returned
     (or None). Raises ValueError, before anything is written, where the folder holds anything else
     than the beginning of this run."""
     folder = Path(config.out)
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    begun = sizes.get("last.pt") or sizes.get("metrics.csv")
-    left = [name for name in sizes if name.endswith(".tmp")]  # by a process killed while it wrote
-    ours = {"config.json", "metrics.csv", "probes.csv", "unreadable.txt", *left}
-    if not begun and set(sizes) - ours:
+    names = {path.name for path in folder.iterdir() if path.suffix != ".tmp"}
+    begun = names & {"last.pt", "metrics.csv"}
+    if not begun and names - {"config.json", "unreadable.txt"}:
         raise ValueError(f"{folder} holds something that is not a run; choose another --out")
     if begun and not resume:
         raise ValueError(f"{folder} holds a run already; add --resume to go on with it, or choose "
                          "another --out")
 
-    # The objective itself beside its name: its coefficients may change from version to version.
-    settings = json.loads(json.dumps({**asdict(config), "definition": asdict(trainer.objective)}))
-    there, checkpoint = {}, None
-    if begun:
-        there["config.json"] = read_json(folder / "config.json")
-    if "last.pt" in sizes:
-        checkpoint = probe.load_checkpoint(folder / "last.pt")
-        definition = json.loads(json.dumps(checkpoint["definition"]))
-        there["last.pt"] = {**checkpoint["config"], "definition": definition}
-    for name, before in there.items():
-        different = differences(before, settings)
-        if different and before:
-            raise ValueError(f"{folder / name} is of a different run ({'; '.join(different)}); "
-                             "choose another --out")
-        if different:
-            raise ValueError(f"{folder / name} is missing; choose another --out")
+    settings = {**asdict(config), "definition": trainer.definition}
+    path, before, checkpoint = folder / "config.json", settings, None
+    if "last.pt" in names:
+        path = folder / "last.pt"
+        checkpoint = probe.load_checkpoint(path)
+        before = {**checkpoint["config"], "definition": checkpoint["definition"]}
+    elif begun:
+        before = read_json(path)
+    different = [f"{name} {before.get(name)} there, {value} here"
+                 for name, value in settings.items()
+                 if name not in NOT_COMPUTED and before.get(name) != value]
+    if different:
+        raise ValueError(f"{path} is of a different run ({'; '.join(different)}); choose another "
+                         "--out")
 
     if checkpoint:
         trainer.load(checkpoint)
     else:
-        left.append("unreadable.txt")
-    for name in left:
-        (folder / name).unlink(missing_ok=True)
+        (folder / "unreadable.txt").unlink(missing_ok=True)
+    for left in folder.glob("*.tmp"):  # by a process that was killed while it wrote
+        left.unlink()
     write_json(folder / "config.json", settings)
     # Lines up to the checkpoint: what came after them is computed again.
-    write_file(folder / "metrics.csv", trainer.metrics.encode())
-    if config.probe_every:
-        write_file(folder / "probes.csv", trainer.probes.encode())
+    for name, text in trainer.logged.items():
+        (folder / name).unlink(missing_ok=True)
+        if text:
+            write_file(folder / name, text.encode())
     return checkpoint
 
 
-def with_line(text, row):
-    """The text of a CSV file with one more line, a dict; the first also brings the heading."""
-    heading = text or ",".join(row) + "\n"
-    return heading + ",".join(map(str, row.values())) + "\n"
-
-
-def lines_of(text):
-    return list(csv.DictReader(text.splitlines()))
-
-
 def report(trainer, row, bar):
-    """Add a line to metrics.csv, a dict of numbers without times, so that on a CPU a resumed run
-    writes the same file; and show what matters of it. Raises ValueError where too many clips could
-    not be read."""
-    config, folder = trainer.config, Path(trainer.config.out)
-    trainer.metrics = with_line(trainer.metrics, row)
-    write_file(folder / "metrics.csv", trainer.metrics.encode())
+    """Log a row of metrics.csv and show what matters in it. Raises ValueError where too many clips
+    could not be read."""
+    config = trainer.config
+    trainer.log("metrics.csv", row)
+    shown = {"total": row["total"], "rank": row["effective_rank"], "std": row["feature_std"]}
+    for probed in trainer.rows("probes.csv")[-1:]:
+        shown.update({name: float(probed[name]) for name in probed if name != "step"})
 
-    parts = [f"total={row['total']:.3g}", f"rank={row['effective_rank']:.3g}",
-             f"std={row['feature_std']:.2g}"]
-    for line in lines_of(trainer.probes)[-1:]:
-        parts += [f"{name}={float(line[name]):.0f}" for name in line if name != "step"]
     # Workers are ahead of this step, and after a resume they meet the same files again.
-    broken, failed = folder / "unreadable.txt", 0
+    broken, failed = Path(config.out, "unreadable.txt"), 0
     if broken.exists():
         noted = {*broken.read_bytes().splitlines()}
         failed = sum(int(line.split(b"\t")[0]) <= row["step"] for line in noted)
-    if failed:
-        parts.append(f"{failed:,} unreadable")
-    bar.set_postfix_str(", ".join(parts))
+        shown["unreadable"] = failed
+    bar.set_postfix(shown)
     if bar.disable:
-        print(f"step {row['step'] + 1} of {config.steps}: {', '.join(parts)}", flush=True)
+        print(f"step {row['step'] + 1} of {config.steps}: {bar.postfix}", flush=True)
 
     drawn = (row["step"] + 1) * config.batch
     if drawn >= 100 and failed > config.max_broken * (failed + drawn):  # fewer: judged by one file
@@ -669,67 +605,35 @@ def report(trainer, row, bar):
                          f"--max-broken {config.max_broken:g}; {broken} names them")
 
 
-COLOURS = ("#d62728", "#ff7f0e", "#bcbd22", "#2ca02c", "#17becf", "#1f77b4", "#9467bd", "#e377c2")
+def draw_curves(trainer, path):
+    """Draw metrics.csv and probes.csv over the steps of the run: losses, accuracies, and whether
+    the features are alive. The scale of a curve stands beside its name; a loss has its own."""
+    metrics, probes = trainer.rows("metrics.csv"), trainer.rows("probes.csv")
+    steps, names = trainer.config.steps, [*metrics[0]]
+    for row in metrics:
+        row["collapsed below"] = COLLAPSED["feature_std"]
+    panels = [("losses", metrics, names[1:names.index("total") + 1], None),
+              ("feature_std", metrics, ["feature_std", "collapsed below"], 1)]
+    if probes:
+        panels.append(("top-1 %, heads from few labels", probes, [*probes[0]][1:], 100))
 
-
-def plot(panels, path, connected=False, size=(600, 240), edge=60):
-    """Write panels, {title: {name: (x values, y values)}}, one below the other as a PNG: points or
-    connected lines, each panel of this size in pixels and on a scale of its own."""
-    width, height = size
-    image = Image.new("RGB", (width + 5 * edge, len(panels) * (height + 2 * edge)), "white")
+    image = Image.new("RGB", (900, 360 * len(panels)), "white")
     draw = ImageDraw.Draw(image)
-    left, top = edge, edge
-    for title, series in panels.items():
-        right, bottom = left + width, top + height
-        first, last = [limit(limit(xs) for xs, ys in series.values()) for limit in (min, max)]
-        low, high = [limit(limit(ys) for xs, ys in series.values()) for limit in (min, max)]
-        if connected:
-            low = min(low, 0)  # else a curve that hardly falls would seem to fall to nothing
-
-        draw.rectangle((left, top, right, bottom), outline="black")
-        draw.text((left, top - 24), title, "black")
-        for x, y, value in ((left - 46, top, high), (left - 46, bottom - 10, low),
-                            (left, bottom + 6, first), (right - 30, bottom + 6, last)):
-            draw.text((x, y), f"{value:.5g}", "black")
-
-        for j, (name, (xs, ys)) in enumerate(series.items()):
-            colour = COLOURS[j % len(COLOURS)]
-            draw.text((right + 8, top + 16 * j), name, colour)
-            points = [(left + width * (x - first) / max(last - first, 1e-9),
-                       top + height * (high - y) / max(high - low, 1e-9)) for x, y in zip(xs, ys)]
-            if connected:
-                draw.line(points, colour, 2)
-                continue
-            for x, y in points:
-                draw.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
-        top += height + 2 * edge
-
+    for i, (title, rows, names, scale) in enumerate(panels):
+        bottom = 360 * i + 300
+        draw.rectangle((60, bottom - 240, 660, bottom), outline="black")
+        draw.text((60, bottom - 264), f"{title}; steps 0 to {steps}", "black")
+        for j, name in enumerate(names):
+            values = [float(row[name]) for row in rows]
+            largest = scale or max(map(abs, values)) or 1
+            points = [(60 + 600 * int(row["step"]) / steps, bottom - 240 * value / largest)
+                      for row, value in zip(rows, values)]
+            colour = f"hsl({65 * j}, 90%, 40%)"
+            draw.text((668, bottom - 240 + 16 * j), f"{name}: 0 to {largest:.3g}", colour)
+            draw.line(points, colour, 2)
     buffer = io.BytesIO()
     image.save(buffer, "png")
     write_file(path, buffer.getvalue())
-
-
-def draw_curves(trainer, path):
-    """Draw metrics.csv and probes.csv: losses, accuracies, and whether the features are alive."""
-    def curve(text, name):
-        lines = lines_of(text)
-        return [int(line["step"]) for line in lines], [float(line[name]) for line in lines]
-
-    names = [*lines_of(trainer.metrics)[0]]
-    losses, panels = {}, {}
-    for name in names[1:names.index("total") + 1]:
-        steps, values = curve(trainer.metrics, name)
-        largest = max(map(abs, values)) or 1.0
-        losses[f"{name} (largest: {largest:.3g})"] = steps, [value / largest for value in values]
-    panels["losses over steps, each as a share of its largest value"] = losses
-    for line in lines_of(trainer.probes)[:1]:
-        panels["top-1 % over steps: heads that learn from few labels"] = {
-            name: curve(trainer.probes, name) for name in line if name != "step"}
-    least = COLLAPSED["feature_std"]
-    panels["feature_std over steps"] = {
-        "feature_std": curve(trainer.metrics, "feature_std"),
-        f"below {least}: collapsed": (steps, [least] * len(steps))}
-    plot(panels, path, connected=True)
 
 
 # ------------------------------------------------------------------ from the first step to the last
@@ -737,25 +641,21 @@ def draw_curves(trainer, path):
 
 def introduce(trainer, batches):
     """Say what is about to run, where and on how much."""
-    config, model = trainer.config, trainer.model
-    precision = "bfloat16" if trainer.device.type == "cuda" else "float32"
-    counts = {name: sum(p.numel() for p in part.parameters())
-              for name, part in model.named_children() if name != "target"}
+    config, count = trainer.config, sum(p.numel() for p in trainer.trained)
     clips = "generated clips"
     if config.data or config.root:
-        clips = f"clips of {batches.lengths.sum():,} videos"
-    networks = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
+        clips = f"{batches.lengths.sum():,} videos"
+    precision = "bfloat16" if trainer.device.type == "cuda" else "float32"
     print(f"{config.objective} on {trainer.device}, {precision}, threads: "
-          f"{torch.get_num_threads()}; parameters: {networks}")
-    print(f"{clips}, {math.prod(config.grid):,} tokens a clip; run folder: {config.out}",
-          flush=True)
+          f"{torch.get_num_threads()}; {count:,} parameters; {clips}, "
+          f"{math.prod(config.grid):,} tokens a clip; run folder: {config.out}", flush=True)
 
 
-def run_steps(trainer, batches, start, rank):
-    """Train from step `start` to the end, or to a signal; returns the last step, and the signal's
+def run_steps(trainer, batches, rank):
+    """Train to the last step, or to a signal; returns the last step, and the signal's
     number or 0."""
     config, folder = trainer.config, Path(trainer.config.out)
-    step, stopping = config.steps - 1, 0
+    start, step, stopping = trainer.first_step, config.steps - 1, 0
     bar = tqdm(total=config.steps, initial=start, ncols=100, file=sys.stdout,
                disable=True if rank else None,  # None: where there is no terminal
                bar_format="{n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
@@ -800,19 +700,16 @@ def train(config, resume=False):
             dist.broadcast_object_list(checkpoint)
         if rank and checkpoint[0]:
             trainer.load(checkpoint[0])
-        start = checkpoint[0]["step"] if checkpoint[0] else 0
         del checkpoint  # as large as the networks and their optimizer
 
         if rank == 0:
             introduce(trainer, batches)
-        step, stopping = run_steps(trainer, batches, start, rank)
+        step, stopping = run_steps(trainer, batches, rank)
         if rank == 0 and not stopping:
             finish(trainer, folder)
     if rank == 0:
         if stopping:
             print(f"stopped after step {step}; the same command with --resume goes on from there")
-        if (folder / "unreadable.txt").exists():
-            print(f"some files could not be read; {folder}/unreadable.txt names them")
         print(f"run folder: {folder}\nhow it went: {folder}/curves.png; what it sees: "
               f"python tests/pictures.py --checkpoint {folder}/last.pt")
     if ranks > 1:
@@ -823,29 +720,23 @@ def train(config, resume=False):
 def finish(trainer, folder):
     """Probe the trained encoder and one with random weights alike; write it to result.json."""
     config, found = trainer.config, {}
-    last = lines_of(trainer.metrics)[-1]
+    last = trainer.rows("metrics.csv")[-1]
     if config.probe_clips:
         encoders = {"untrained": build(config).encoder.to(trainer.device),
                     "trained": getattr(trainer.model, trainer.evaluated)}
-        own, count = trainer.labelled, config.probe_clips
-        sources = own or probe.held_out(encoders["trained"], asdict(config))
         # Blocks would be compiled again for the probes' shapes.
         with torch.compiler.set_stance("force_eager"):
             for name, encoder in encoders.items():
-                found[name] = probe.probe_clips(encoder, sources, count, about=f"{name} encoder",
-                                                workers=config.workers)
-        probe.show(found, sources, count)
-        if own and not config.test_list:
-            print("Held out from the heads: every third clip of a class, in the list's order. The "
-                  "encoder has seen it, without its label.")
-        if not own and (config.data or config.root):
-            print("These clips are generated, not yours; probe.py reads yours.")
+                found[name] = probe.probe_clips(encoder, trainer.sources, config.probe_clips,
+                                                about=f"{name} encoder", workers=config.workers)
+        probe.show(found, trainer.sources, config.probe_clips)
+        if config.data and not config.test_list:
+            print("Where the list has labels, every third clip of a class is held out from the "
+                  "heads; the encoder has seen it, without its label.")
         if collapsed(last):
             print("The features have collapsed: what the probes say of the trained encoder means "
                   "nothing.")
-    machine = f"{trainer.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    write_json(folder / "result.json",
-               {"config": asdict(config), "machine": machine, "last": last, **found})
+    write_json(folder / "result.json", {"config": asdict(config), "last": last, **found})
 
 
 @command("train.py", smaller="--batch, --model or --crop",

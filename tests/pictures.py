@@ -24,9 +24,10 @@ from model import normalise, token_grid
 from objectives import Masking, motion_map, sample_masks
 from probe import HELD_OUT, last_level
 from synthetic import DIRECTIONS, WORLDS
-from train import plot
 
 MASKED_COLOUR = (1.0, 0.45, 0.0)
+COLOURS = ("#d62728", "#ff7f0e", "#bcbd22", "#2ca02c", "#17becf", "#1f77b4", "#9467bd",
+           "#e377c2")
 LEFT, TOP = 110, 40  # of the pictures on masks.png and features.png: room for words
 
 
@@ -130,6 +131,26 @@ def discriminant_axes(x, labels):
     return root.T @ torch.linalg.eigh(between).eigenvectors[:, -2:].flip(-1)
 
 
+def plot_points(panels, side=400, edge=60):
+    """An image of panels, {title: {name: (x values, y values)}}, one below the other, each on
+    scales of its own."""
+    image = Image.new("RGB", (side + 5 * edge, len(panels) * (side + 2 * edge)), "white")
+    draw = ImageDraw.Draw(image)
+    for i, (title, series) in enumerate(panels.items()):
+        top = edge + i * (side + 2 * edge)
+        draw.rectangle((edge, top, edge + side, top + side), outline="black")
+        draw.text((edge, top - 24), title, "black")
+        all_x, all_y = (sum(values, []) for values in zip(*series.values()))
+        for j, (name, points) in enumerate(series.items()):
+            colour = COLOURS[j % len(COLOURS)]
+            draw.text((edge + side + 8, top + 16 * j), name, colour)
+            for x, y in zip(*points):
+                x = edge + side * (x - min(all_x)) / (max(all_x) - min(all_x))
+                y = top + side * (max(all_y) - y) / (max(all_y) - min(all_y))
+                draw.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
+    return image
+
+
 def motion_picture(frozen, untrained, count):
     """Write motion.png: held-out generated clips on the two discriminant axes of the motion factor
     that their world names first, coloured by its class.
@@ -153,8 +174,7 @@ def motion_picture(frozen, untrained, count):
         points = (pooled[1] - mean) @ discriminant_axes(pooled[0] - mean, labels[0])  # (n, 2)
         panels[f"{each.about}: {factor}, first and second discriminant axis"] = {
             name: points[labels[1] == i].T.tolist() for i, name in enumerate(names)}
-    plot(panels, frozen.folder / "motion.png", size=(400, 400))
-    print(f"written to {frozen.folder}/motion.png")
+    save_image(frozen.folder / "motion.png", plot_points(panels))
 
 
 def some_clips(source, count=4):

@@ -81,7 +81,7 @@ def test_the_command_writes_three_pictures_the_same_ones_every_time(tmp_path):
     image = np.array(Image.open(tmp_path / "motion.png"))
     assert image.shape == (2 * (400 + 2 * 60), 400 + 5 * 60, 3)
     for panel in (image[:520], image[520:]):  # untrained, trained
-        colours = map(ImageColor.getrgb, train.COLOURS[:8])
+        colours = map(ImageColor.getrgb, pictures.COLOURS[:8])
         counts = [(panel[60:461, 60:461] == colour).all(-1).sum() for colour in colours]
         assert min(counts) > 20
 
