@@ -6,7 +6,6 @@ from PIL import Image, ImageColor
 
 import data
 import pictures
-import train
 from model import normalise
 from objectives import OBJECTIVES, motion_map, sample_masks
 from synthetic import Shapes
