@@ -471,9 +471,7 @@ def show(rows, sources, count):
     """Print what `probe_clips` found of these sources, {name of an encoder: found}, as a table
     beside chance."""
     learn = max(factors(sources[0], pick(sources[0], count)).values(), key=torch.Tensor.max)
-    classes = getattr(sources[0], "classes", None)
-    if classes is None:
-        classes = {"class": len({*sources[0].labels, *sources[1].labels})}
+    classes = getattr(sources[0], "classes", {"class": len(learn.unique())})
     kind = "generated" if isinstance(sources[0], World) else "of your"
     exam = pick(sources[1], count // 3)
     print(f"\nTop-1 % on {len(exam):,} {kind} clips, held out; ± over {DRAWS} draws of so many "
