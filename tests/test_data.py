@@ -89,10 +89,10 @@ OF_SUFFIX = {
     ".asf": "msmpeg4",
 }
 KINDS = {  # of videos, as `write_video` writes them
-    "ucf.avi": dict(codec="mpeg4", size=(240, 320), options=G12),
-    "ssv2.webm": dict(codec=VP9, size=(240, 320), rate=12, options={"g": "20"}),
-    "short_gop.mp4": dict(size=(256, 340), rate=30, options={**G12, **B_FRAMES}),
-    "long_gop.mp4": dict(size=(256, 340), rate=30, options={"g": "250", **B_FRAMES}),
+    "ucf.avi": dict(codec="mpeg4", size=(120, 160), options=G12),
+    "ssv2.webm": dict(codec=VP9, size=(120, 160), rate=12, options={"g": "20"}),
+    "short_gop.mp4": dict(size=(128, 170), rate=30, options={**G12, **B_FRAMES}),
+    "long_gop.mp4": dict(size=(128, 170), rate=30, options={"g": "250", **B_FRAMES}),
     "only_keys.mp4": dict(options={"g": "1"}),
     "pairs.mkv": dict(options={"g": "2", "bf": "1"}),
     "open_gop.mp4": dict(options={"x264-params": OPEN_GOP}),
