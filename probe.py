@@ -648,13 +648,14 @@ def evaluate(frozen, name, sources, flags):
 def write_features(frozen, name, sources, flags):
     """Write the features of both splits, and what they are of, to the file of --features."""
     content = {"encoder": frozen.about, "sha256": encoder_fingerprint(frozen.encoder)}
-    kind = "tokens" if flags.tokens else "pooled"
     for split, source in zip(("train", "test"), sources):
-        (features, labels), _ = extract(frozen, source, f"{name}-{kind}-{split}", not flags.tokens,
+        (features, labels), _ = extract(frozen, source, f"{name}-written-{split}", not flags.tokens,
                                         flags.workers)
+        if not flags.tokens:
+            features = features.squeeze(1)
         there = labels >= 0
-        content[split] = {"paths": np.array(source.paths)[there].tolist(), "labels": labels[there],
-                          "features": features[there] if flags.tokens else features[there, 0]}
+        content[split] = {"paths": np.array(source.paths)[there].tolist(),
+                          "labels": labels[there], "features": features[there]}
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_file(Path(flags.features), buffer.getvalue())

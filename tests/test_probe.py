@@ -1,4 +1,5 @@
-"""probe.py: heads, few-label draws and episodes against naive ones; features that survive a kill; foreign weights."""
+"""probe.py: heads and few-label draws against naive ones; features that survive a kill."""
+
 import itertools
 import json
 import math
@@ -30,7 +31,8 @@ LOADERLESS = ["--workers", "0", "--probe-epochs", "1"]
 
 
 class Clips:
-    """A source that needs no decoding: noise, brighter from class to class. Some clips are broken, one kills."""
+    """A source that needs no decoding: noise, brighter from class to class. Some clips are
+    broken, one kills."""
 
     def __init__(self, items, broken=(), kills=None, classes=8, folder="clips", frames=4):
         self.items, self.labels = [*items], [item % classes for item in items]
@@ -47,12 +49,15 @@ class Clips:
             raise data.Unreadable(self.paths[place], "it is broken")
         if item == self.kills:
             os.kill(os.getpid(), signal.SIGKILL)
-        noise = torch.randint(32, (3, 4, 16, 16), generator=torch.Generator().manual_seed(item), dtype=torch.uint8)
-        return noise[:, :self.frames, :self.crop, :self.crop] + 32 * self.labels[place]
+        noise = torch.randint(
+            32, (3, 4, 16, 16), generator=torch.Generator().manual_seed(item), dtype=torch.uint8
+        )
+        return noise[:, : self.frames, : self.crop, : self.crop] + 32 * self.labels[place]
 
 
 def make_checkpoint(folder, *flags, seed=0):
-    """last.pt as train.py writes it, with random weights: the target's are others than the encoder's."""
+    """last.pt as train.py writes it, with random weights: the target's are others than the
+    encoder's."""
     config, _ = train.parse([*QUICK, f"--seed={seed}", *flags, f"--out={folder}"])
     trainer = train.Trainer(config, torch.device("cpu"))
     trainer.model.target = probe.make_encoder({**vars(config), "seed": seed + 100})
@@ -87,37 +92,48 @@ def result(folder, name="blobs"):
 
 def stored(folder, count, name="x", kind=np.float16):
     """All features [count, N, 128] of a folder features-NAME, which holds those of one identity."""
-    only, = (folder / f"features-{name}").iterdir()
+    (only,) = (folder / f"features-{name}").iterdir()
     return torch.from_numpy(np.fromfile(only, kind)).view(count, -1, 128)
 
 
 @torch.no_grad()
 def naive_features(encoder, clips, pooled=False):
     """The last of the four levels, clip by clip: [n, N or 1, D]."""
-    levels = torch.cat([encoder(normalise(clip.unsqueeze(0))).unflatten(-1, (4, -1)) for clip in clips])
+    levels = torch.cat(
+        [encoder(normalise(clip.unsqueeze(0))).unflatten(-1, (4, -1)) for clip in clips]
+    )
     tokens = levels[..., 3, :]
     return tokens.mean(1, keepdim=True) if pooled else tokens
 
 
 def readable(source):
-    return [source.evaluation_clip(place) for place, item in enumerate(source.items) if item not in source.broken]
+    return [
+        source.evaluation_clip(place)
+        for place, item in enumerate(source.items)
+        if item not in source.broken
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------------- recipes
+# ------------------------------------------------------------------------------------------ recipes
 
 
 def test_the_benchmarks_are_those_of_the_paper():
-    """METHOD.md section 8: head, pooling, learning rate, batch, epochs; then what the project chose for itself."""
+    """METHOD.md section 8: head, pooling, learning rate, batch, epochs; then what the project
+    chose for itself."""
     assert {name: recipe[:5] for name, recipe in BENCHMARKS.items()} == {
-        "diving48": ("attentive", False, 1e-3, 16, 100), "ssv2": ("attentive", True, 1e-3, 16, 100),
-        "imagenet100": ("linear", True, 1e-3, 256, 50), "ucf101": ("attentive", False, 3e-4, 16, 100),
-        "blobs": ("attentive", False, 3e-4, 32, 100)}
+        "diving48": ("attentive", False, 1e-3, 16, 100),
+        "ssv2": ("attentive", True, 1e-3, 16, 100),
+        "imagenet100": ("linear", True, 1e-3, 256, 50),
+        "ucf101": ("attentive", False, 3e-4, 16, 100),
+        "blobs": ("attentive", False, 3e-4, 32, 100),
+    }
     assert not any(recipe.steps for recipe in BENCHMARKS.values()) and probe.WEIGHT_DECAY == 0.01
     assert probe.FEW == ("attentive", False, 1e-3, 32, 0, 150)
 
 
 def naive_blob(seed, label):
-    """METHOD.md section 8, pixel by pixel, of 8 frames [3, 8, 160, 160]; and what the first draws are."""
+    """METHOD.md section 8, pixel by pixel, of 8 frames [3, 8, 160, 160]; and what the first
+    draws are."""
     draw = np.random.default_rng(seed)
     background = draw.integers(0, 80, 3, dtype=np.uint8).tolist()
     noise = draw.integers(0, 30, (32, 160, 160, 1))[..., 0].tolist()
@@ -129,7 +145,7 @@ def naive_blob(seed, label):
     for t in range(8):
         cx, cy = min(max(x0 + dx * t, r), 159 - r), min(max(y0 + dy * t, r), 159 - r)
         for x, y in itertools.product(range(cx - r, cx + r + 1), range(cy - r, cy + r + 1)):
-            if (x - cx) ** 2 + (y - cy) ** 2 <= r ** 2:
+            if (x - cx) ** 2 + (y - cy) ** 2 <= r**2:
                 clip[t, y, x] = torch.tensor(colour)
     return clip.permute(3, 0, 1, 2).byte(), (*background, *noise[0][0][:3], *colour, r, x0, y0)
 
@@ -150,12 +166,14 @@ def test_the_blobs_benchmark_is_the_papers_whatever_the_encoder_was_trained_on()
             assert not torch.equal(trained_on[:, :8], clip)
 
 
-# ------------------------------------------------------------------------------------------------------------ heads
+# -------------------------------------------------------------------------------------------- heads
 
 
 def logits(head, tokens):
     """One head alone: tokens [n, N, D] -> [n, classes]."""
-    return head.logits({name: each.unsqueeze(0) for name, each in head.named_parameters()}, tokens)[0]
+    return head.logits({name: each.unsqueeze(0) for name, each in head.named_parameters()}, tokens)[
+        0
+    ]
 
 
 def naive_attentive_logits(head, tokens):
@@ -195,8 +213,7 @@ def test_the_attentive_head_equals_full_self_attention_read_at_the_class_token(r
     torch.testing.assert_close(logits(head, tokens[:, :1])[2], one, rtol=1e-10, atol=1e-10)
 
 
-def test_the_attentive_head_has_the_values_and_gradients_of_torchs_attention(
-        random_head):
+def test_the_attentive_head_has_the_values_and_gradients_of_torchs_attention(random_head):
     head, tokens = random_head
     attention = torch.nn.MultiheadAttention(16, 8, batch_first=True).double()
     theirs = dict(head.attention.named_parameters())
@@ -206,8 +223,10 @@ def test_the_attentive_head_has_the_values_and_gradients_of_torchs_attention(
     assert (logits(head, tokens) - reference).norm() <= 1e-10 * reference.norm()
     inputs = {"tokens": tokens, **dict(head.named_parameters())}
     weights = torch.randn(3, 5, dtype=torch.float64)
-    gradients = [torch.autograd.grad((out * weights).sum(), [*inputs.values()], retain_graph=True)
-                 for out in (logits(head, tokens), reference)]
+    gradients = [
+        torch.autograd.grad((out * weights).sum(), [*inputs.values()], retain_graph=True)
+        for out in (logits(head, tokens), reference)
+    ]
     for name, found, expected in zip(inputs, *gradients):
         assert expected.norm() > 0, name
         assert (found - expected).norm() <= 1e-10 * expected.norm(), name
@@ -222,8 +241,9 @@ def test_heads_side_by_side_compute_what_each_computes_alone(kind):
     weights, _ = torch.func.stack_module_state(heads)
     for tokens in (torch.randn(2, 4, 16), torch.randn(5, 2, 4, 16)):
         found = heads[0].logits(weights, tokens)
-        alone = [logits(head, tokens if tokens.dim() == 3 else tokens[i])
-                 for i, head in enumerate(heads)]
+        alone = [
+            logits(head, tokens if tokens.dim() == 3 else tokens[i]) for i, head in enumerate(heads)
+        ]
         torch.testing.assert_close(found, torch.stack(alone))
 
 
@@ -241,25 +261,35 @@ def test_heads_learn_what_is_separable_and_nothing_from_noise(head):
     recipe = Recipe(head, head == "standardised", 1e-2, 64, 8)
     chance = 25 - 4 * 1.94, 25 + 4 * 1.94  # within four deviations of 500 answers
     for spread, (low, high) in ((8.0, (99, 100)), (0.0, chance)):
-        train_set, test = (make_set(count, spread=spread, seed=seed) for count, seed in ((300, 0), (500, 1)))
+        train_set, test = (
+            make_set(count, spread=spread, seed=seed) for count, seed in ((300, 0), (500, 1))
+        )
         train_set, test = (train_set.pool(), test.pool()) if recipe.pooled else (train_set, test)
-        found, = probe.accuracies(recipe, train_set, test, [0], "cpu")
+        (found,) = probe.accuracies(recipe, train_set, test, [0], "cpu")
         assert low <= found <= high, spread
 
 
 def test_only_the_standardised_head_is_blind_to_scale_and_offset():
     train_set, test = make_set(200, spread=4.0).pool(), make_set(200, spread=4.0, seed=1).pool()
-    scale, offset = torch.logspace(-3, 1, 16), torch.linspace(-5, 5, 16)  # what parts the classes becomes tiny
+    scale, offset = torch.logspace(-3, 1, 16), torch.linspace(
+        -5, 5, 16
+    )  # what parts the classes becomes tiny
     moved = [Labelled(clips.features * scale + offset, clips.labels) for clips in (train_set, test)]
-    found = {head: [probe.accuracies(Recipe(head, True, 1e-2, 32, 10), *pair, [0], "cpu")[0]
-                    for pair in ((train_set, test), moved)] for head in ("linear", "standardised")}
+    found = {
+        head: [
+            probe.accuracies(Recipe(head, True, 1e-2, 32, 10), *pair, [0], "cpu")[0]
+            for pair in ((train_set, test), moved)
+        ]
+        for head in ("linear", "standardised")
+    }
     assert min(found["standardised"]) > 95
     assert found["standardised"][0] == pytest.approx(found["standardised"][1], abs=1)
     assert found["linear"][0] > 95 and found["linear"][1] < 60
 
 
 def test_heads_are_trained_by_adamw_on_the_mean_cross_entropy():
-    """Against the equations in float64: betas 0.9 and 0.999, eps 1e-8, decoupled weight decay 0.01."""
+    """Against the equations in float64: betas 0.9 and 0.999, eps 1e-8, decoupled weight decay
+    0.01."""
     clips, rate = make_set(12, tokens=1, spread=1.0), 0.05
     torch.manual_seed(0)
     head = probe.LinearHead(16, 4)
@@ -270,8 +300,8 @@ def test_heads_are_trained_by_adamw_on_the_mean_cross_entropy():
         error = ((x @ weights[0].T + weights[1]).softmax(-1) - onehot) / 12
         for i, gradient in enumerate((error.T @ x, error.sum(0))):
             means[0][i] = 0.9 * means[0][i] + 0.1 * gradient
-            means[1][i] = 0.999 * means[1][i] + 0.001 * gradient ** 2
-            change = means[0][i] / (1 - 0.9 ** t) / ((means[1][i] / (1 - 0.999 ** t)).sqrt() + 1e-8)
+            means[1][i] = 0.999 * means[1][i] + 0.001 * gradient**2
+            change = means[0][i] / (1 - 0.9**t) / ((means[1][i] / (1 - 0.999**t)).sqrt() + 1e-8)
             weights[i] -= rate * (0.01 * weights[i] + change)
     orders = [[torch.arange(12)] * 5]
     found = probe.train_heads([head], clips, orders, Recipe("linear", True, rate, 12, 5), "cpu")
@@ -279,12 +309,20 @@ def test_heads_are_trained_by_adamw_on_the_mean_cross_entropy():
         torch.testing.assert_close(found[name][0].double(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shown, batch, how, sizes", [
-    ([i for i in range(40) if i % 4], 8, {"epochs": 3}, [8, 8, 8, 6] * 3),
-    ([i for i in range(40) if i % 4], 8, {"steps": 11}, [8] * 11), ([*range(3, 40)], 32, {"steps": 10}, [32] * 10),
-    ([6], 3, {"steps": 4}, [3] * 4)])
-def test_batches_are_cut_from_one_shuffled_pass_over_the_labelled_clips_after_the_other(shown, batch, how, sizes):
-    """Of each pass by itself for epochs; for steps whole batches, which go on from one pass to the next."""
+@pytest.mark.parametrize(
+    "shown, batch, how, sizes",
+    [
+        ([i for i in range(40) if i % 4], 8, {"epochs": 3}, [8, 8, 8, 6] * 3),
+        ([i for i in range(40) if i % 4], 8, {"steps": 11}, [8] * 11),
+        ([*range(3, 40)], 32, {"steps": 10}, [32] * 10),
+        ([6], 3, {"steps": 4}, [3] * 4),
+    ],
+)
+def test_batches_are_cut_from_one_shuffled_pass_over_the_labelled_clips_after_the_other(
+    shown, batch, how, sizes
+):
+    """Of each pass by itself for epochs; for steps whole batches, which go on from one pass to
+    the next."""
     labels, recipe = torch.full((40,), -1), Recipe("linear", True, 1e-3, batch, **how)
     labels[shown] = torch.arange(len(shown)) % 3
 
@@ -292,7 +330,7 @@ def test_batches_are_cut_from_one_shuffled_pass_over_the_labelled_clips_after_th
         steps = probe.clip_order(labels, recipe, seed)
         assert [len(each) for each in steps] == sizes
         rows = torch.cat(steps).tolist()
-        return [tuple(rows[i:i + len(shown)]) for i in range(0, len(rows), len(shown))]
+        return [tuple(rows[i : i + len(shown)]) for i in range(0, len(rows), len(shown))]
 
     *first, last = passes(0)
     assert [*first, last] == passes(0) and all(sorted(each) == shown for each in first)
@@ -312,14 +350,15 @@ def test_few_label_heads_are_each_what_they_are_alone_and_others_share_the_order
     for seed in (2, 3):
         torch.manual_seed(seed)
         heads.append(probe.LinearHead(16, 4))
-    weights = probe.train_heads(heads, train_set, [probe.clip_order(train_set.labels, every, 2)],
-                                every, "cpu")
+    weights = probe.train_heads(
+        heads, train_set, [probe.clip_order(train_set.labels, every, 2)], every, "cpu"
+    )
     scores = test.features[:, 0] @ weights["linear.weight"].mT + weights["linear.bias"][:, None]
     right = 100 * (scores.argmax(-1) == test.labels).double().mean(1)
     assert probe.accuracies(every, train_set, test, [2, 3], "cpu") == right.tolist()
 
 
-# ------------------------------------------------------------------------------------------------------- few labels
+# --------------------------------------------------------------------------------------- few labels
 
 
 def test_k_shot_draws_are_balanced_nested_and_depend_on_labels_and_seed_alone():
@@ -347,12 +386,31 @@ def test_probes_of_moving_shapes_see_the_clips_tokens_and_labels_that_they_name(
     for seed, count in ((probe.HELD_OUT, 192), (probe.HELD_OUT + 1, 64)):
         source = Shapes(4, 16, seed)
         with torch.no_grad():
-            tokens.append(torch.cat([encoder(normalise(source.clips(range(i, i + 64))))[..., -128:].clone()
-                                     for i in range(0, count, 64)]))
+            tokens.append(
+                torch.cat(
+                    [
+                        encoder(normalise(source.clips(range(i, i + 64))))[..., -128:].clone()
+                        for i in range(0, count, 64)
+                    ]
+                )
+            )
         factors = source.factors(range(count))
-        labels.append({**factors, "motion": torch.tensor([4 * direction + speed for direction, speed in zip(
-            factors["direction"].tolist(), factors["speed"].tolist())])})
-    assert {factor: int(labels[0][factor].max()) + 1 for factor in labels[0]} == synthetic.Shapes.classes
+        labels.append(
+            {
+                **factors,
+                "motion": torch.tensor(
+                    [
+                        4 * direction + speed
+                        for direction, speed in zip(
+                            factors["direction"].tolist(), factors["speed"].tolist()
+                        )
+                    ]
+                ),
+            }
+        )
+    assert {
+        factor: int(labels[0][factor].max()) + 1 for factor in labels[0]
+    } == synthetic.Shapes.classes
     for k, factor in itertools.product((1, 2, 0), ("direction", "motion", "appearance")):
         values = found[str(k or "all")][factor]
         if k == 0:
@@ -361,8 +419,10 @@ def test_probes_of_moving_shapes_see_the_clips_tokens_and_labels_that_they_name(
             continue
         for draw, value in zip(range(3, 8), values, strict=True):
             shown = probe.draw_shots(labels[0][factor], k, draw) >= 0
-            few = (Labelled(tokens[0][shown].half(), labels[0][factor][shown]),
-                   Labelled(tokens[1].half(), labels[1][factor]))
+            few = (
+                Labelled(tokens[0][shown].half(), labels[0][factor][shown]),
+                Labelled(tokens[1].half(), labels[1][factor]),
+            )
             assert [value] == probe.accuracies(probe.FEW, *few, [draw], "cpu")
     assert list(found["linear"]) == ["direction", "speed", "appearance"]
     for factor, value in found["linear"].items():
@@ -371,7 +431,11 @@ def test_probes_of_moving_shapes_see_the_clips_tokens_and_labels_that_they_name(
 
 
 def test_the_table_of_moving_shapes_holds_means_deviations_and_chance(capsys):
-    draws = {"direction": [10.0, 20.0, 30.0, 40.0, 50.0], "motion": [4.0] * 5, "appearance": [1.0, 2.0, 3.0, 4.0, 6.5]}
+    draws = {
+        "direction": [10.0, 20.0, 30.0, 40.0, 50.0],
+        "motion": [4.0] * 5,
+        "appearance": [1.0, 2.0, 3.0, 4.0, 6.5],
+    }
     found = {"5": draws, "linear": {"direction": 61.25, "speed": 26.0, "appearance": 99.0}}
     worlds = probe.held_out(probe.make_encoder(CONFIG), CONFIG)
     probe.show({"trained": found}, worlds, 600)
@@ -386,7 +450,8 @@ def test_the_table_of_moving_shapes_holds_means_deviations_and_chance(capsys):
 
 
 def test_the_probe_along_a_run_is_of_few_labels_and_leaves_random_numbers_alone(monkeypatch):
-    """One head for each factor, of two thirds of the steps, on the clips of draw 0 of the finest one, cut out by hand; for
+    """One head for each factor, of two thirds of the steps, on the clips of draw 0 of the finest
+    one, cut out by hand; for
     labelled sources on those that can be read."""
     monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=3))
     monkeypatch.setattr(probe, "ALONG_TRAIN", 200)
@@ -400,8 +465,10 @@ def test_the_probe_along_a_run_is_of_few_labels_and_leaves_random_numbers_alone(
     known, tested = learn.factors(range(probe.ALONG_TRAIN)), exam.factors(range(probe.ALONG_TEST))
     drawn = (probe.draw_shots(known["motion"], 5, 0) >= 0).nonzero().squeeze(1)
     assert 100 <= len(drawn) <= 160
-    tokens = [naive_features(encoder, source.clips(items)).half()
-              for source, items in ((learn, drawn), (exam, range(probe.ALONG_TEST)))]
+    tokens = [
+        naive_features(encoder, source.clips(items)).half()
+        for source, items in ((learn, drawn), (exam, range(probe.ALONG_TEST)))
+    ]
     for factor, value in found.items():
         sets = [Labelled(tokens[0], known[factor][drawn]), Labelled(tokens[1], tested[factor])]
         assert [value] == probe.accuracies(probe.FEW._replace(steps=2), *sets, [0], "cpu", 5)
@@ -424,7 +491,8 @@ def test_the_probe_along_a_run_is_of_few_labels_and_leaves_random_numbers_alone(
 
 
 def test_the_table_of_your_own_clips_stands_beside_chance_and_says_where_labels_lack(
-        monkeypatch, capsys):
+    monkeypatch, capsys
+):
     monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=3))
     monkeypatch.setattr(probe, "LINEAR", probe.LINEAR._replace(epochs=1))
     encoder = probe.make_encoder(CONFIG)
@@ -450,15 +518,19 @@ def test_the_table_of_your_own_clips_stands_beside_chance_and_says_where_labels_
     assert chance.split() == "chance 12.5".split()
 
 
-# ----------------------------------------------------------------------------------------------- features in files
+# -------------------------------------------------------------------------------- features in files
 
 
 @pytest.mark.parametrize("pooled, workers", [(False, 0), (False, 2), (True, 0)])
-def test_features_are_the_last_level_of_every_clip_that_can_be_read(tmp_path, capsys, pooled, workers):
+def test_features_are_the_last_level_of_every_clip_that_can_be_read(
+    tmp_path, capsys, pooled, workers
+):
     frozen, source = make_frozen(tmp_path), Clips(range(40), broken=[0, *range(16, 32), 39])
     found, about = probe.extract(frozen, source, "x", pooled, workers)
     there = torch.tensor([item for item in range(40) if item not in source.broken])
-    features, expected = found.features[there], naive_features(frozen.encoder, readable(source), pooled)
+    features, expected = found.features[there], naive_features(
+        frozen.encoder, readable(source), pooled
+    )
     assert found.features.shape[1:] == expected.shape[1:] == (1 if pooled else 2 * 2 * 2, 128)
     assert features.dtype == torch.float16
     torch.testing.assert_close(features.float(), expected, rtol=2e-3, atol=2e-3)
@@ -472,8 +544,11 @@ def test_features_are_the_last_level_of_every_clip_that_can_be_read(tmp_path, ca
         assert torch.equal(read(some), found.features[some].float())
 
 
-def test_a_killed_extraction_goes_on_and_writes_the_same_features_to_the_bit(tmp_path, monkeypatch, exit_status):
+def test_a_killed_extraction_goes_on_and_writes_the_same_features_to_the_bit(
+    tmp_path, monkeypatch, exit_status
+):
     """The source kills its own process when asked for clip 40, in the middle of a chunk."""
+
     def extract(folder, **options):
         source = Clips(range(60), broken=[3, 20], **options)
         probe.extract(make_frozen(tmp_path / folder), source, "x", False, 0)
@@ -482,12 +557,16 @@ def test_a_killed_extraction_goes_on_and_writes_the_same_features_to_the_bit(tmp
     assert exit_status(lambda: extract("killed", kills=40)) == -signal.SIGKILL
     assert extract("killed") == [*range(32, 60)]
     assert extract("whole") == [*range(60)] and extract("whole") == []
-    killed, whole = ({path.name: path.read_bytes() for path in (tmp_path / folder).rglob("*.bin")}
-                     for folder in ("killed", "whole"))
+    killed, whole = (
+        {path.name: path.read_bytes() for path in (tmp_path / folder).rglob("*.bin")}
+        for folder in ("killed", "whole")
+    )
     assert killed == whole and len(whole) == 1
 
 
-def test_features_are_used_again_only_for_the_same_weights_clips_sizes_and_code(tmp_path, monkeypatch):
+def test_features_are_used_again_only_for_the_same_weights_clips_sizes_and_code(
+    tmp_path, monkeypatch
+):
     def read(frozen=None, pooled=False, folder=tmp_path, **changes):
         """How many of five clips an extraction had to read."""
         source = Clips(range(5), folder=folder)
@@ -500,12 +579,24 @@ def test_features_are_used_again_only_for_the_same_weights_clips_sizes_and_code(
     with torch.no_grad():
         changed.encoder.blocks[2].mlp.fc1.bias[5] += 0.5
     assert read() == 5 and read() == 0
-    for options in ({"frozen": changed}, {"pooled": True}, {"folder": tmp_path / "elsewhere"},
-                    {"labels": [0, 1, 2, 3, 7]}, {"crop": 8}, {"frames": 2}):
+    for options in (
+        {"frozen": changed},
+        {"pooled": True},
+        {"folder": tmp_path / "elsewhere"},
+        {"labels": [0, 1, 2, 3, 7]},
+        {"crop": 8},
+        {"frames": 2},
+    ):
         assert read(**options) == 5 and read() == 5, options
-    torch.testing.assert_close(stored(tmp_path, 5).float(), naive_features(make_frozen(tmp_path).encoder, readable(
-        Clips(range(5)))), rtol=2e-3, atol=2e-3)
-    for i, content in enumerate((b"a file", b"a larger file", b"ANOTHER FILE.")):  # the last two are equally long
+    torch.testing.assert_close(
+        stored(tmp_path, 5).float(),
+        naive_features(make_frozen(tmp_path).encoder, readable(Clips(range(5)))),
+        rtol=2e-3,
+        atol=2e-3,
+    )
+    for i, content in enumerate(
+        (b"a file", b"a larger file", b"ANOTHER FILE.")
+    ):  # the last two are equally long
         (tmp_path / "3.mp4").write_bytes(content)
         os.utime(tmp_path / "3.mp4", ns=(0, 1_000_000_000 + i))
         assert read() == 5 and read() == 0
@@ -518,15 +609,16 @@ def test_features_are_used_again_only_for_the_same_weights_clips_sizes_and_code(
         assert read() == 5
 
 
-@pytest.mark.parametrize("damage, read", [
-    (b"", range(40)), (b"text", range(40)), (b"half", range(16, 40))])
+@pytest.mark.parametrize(
+    "damage, read", [(b"", range(40)), (b"text", range(40)), (b"half", range(16, 40))]
+)
 def test_damaged_features_are_made_again_and_those_of_others_removed(tmp_path, damage, read):
     frozen, source = make_frozen(tmp_path), Clips(range(40))
     probe.extract(frozen, source, "x", False, 0)
     whole, file = stored(tmp_path, 40), next(tmp_path.rglob("*.bin"))
     shutil.copy(file, file.with_name("0123456789abcdef.bin"))
     content = file.read_bytes()
-    file.write_bytes(content[:len(content) // 2] if damage == b"half" else damage)
+    file.write_bytes(content[: len(content) // 2] if damage == b"half" else damage)
     found, _ = probe.extract(frozen, source, "x", False, 0)
     assert torch.equal(found.features, whole) and torch.equal(stored(tmp_path, 40), whole)
     assert source.read == [*range(40), *read]
@@ -537,16 +629,19 @@ def test_a_second_process_on_the_same_features_is_told(tmp_path, capfd, quick_bl
     (tmp_path / "features-blobs-train").mkdir()
     with data.locked(tmp_path / "features-blobs-train"):
         assert exit_status(lambda: sys.exit(probe.main(flags))) == 1
-    message, = capfd.readouterr().err.splitlines()
-    assert message.startswith(f"probe.py: another process is at work on {tmp_path}/features-blobs-train;")
+    (message,) = capfd.readouterr().err.splitlines()
+    assert message.startswith(
+        f"probe.py: another process is at work on {tmp_path}/features-blobs-train;"
+    )
     assert probe.main(flags) == 0
 
 
-# ---------------------------------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------------------ results
 
 
 def test_a_result_says_how_it_came_about_and_keeps_what_was_measured_before(
-        tmp_path, monkeypatch, capsys, quick_blobs):
+    tmp_path, monkeypatch, capsys, quick_blobs
+):
     monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=2))
     opened, options = quick_blobs
     options["broken"] = [5, 45]
@@ -556,19 +651,36 @@ def test_a_result_says_how_it_came_about_and_keeps_what_was_measured_before(
     assert found["encoder"] == f"target of {flags[1]}, step 7"
     assert found["sha256"] == probe.encoder_fingerprint(probe.make_encoder({**CONFIG, "seed": 100}))
     assert [found[split]["source"] for split in ("train", "test")] == [
-        probe.clips_fingerprint(source) for source in opened]
+        probe.clips_fingerprint(source) for source in opened
+    ]
     assert [found[split]["unreadable"] for split in ("train", "test")] == [
-        ["blobs42/5.mp4"], ["blobs42/45.mp4"]]
+        ["blobs42/5.mp4"],
+        ["blobs42/45.mp4"],
+    ]
     names = [f"all labels, {head} head" for head in ("attentive", "standardised")]
     assert [*found["measurements"]] == names
     each = found["measurements"]["all labels, attentive head"]
-    assert {**each["how"], "labels": 0} == {"head": "attentive", "pooled": False, "lr": 3e-4, "batch": 32,
-                                            "epochs": 20, "steps": 0, "k": 0, "seeds": [0, 1], "labels": 0}
+    assert {**each["how"], "labels": 0} == {
+        "head": "attentive",
+        "pooled": False,
+        "lr": 3e-4,
+        "batch": 32,
+        "epochs": 20,
+        "steps": 0,
+        "k": 0,
+        "seeds": [0, 1],
+        "labels": 0,
+    }
     assert min(each["values"]) > 60  # classes differ in brightness, and chance is 12.5
-    mean, deviation = sum(each["values"]) / 2, abs(each["values"][0] - each["values"][1]) / math.sqrt(2)
+    mean, deviation = sum(each["values"]) / 2, abs(
+        each["values"][0] - each["values"][1]
+    ) / math.sqrt(2)
     output = capsys.readouterr().out
     assert f"top-1 {mean:5.1f} ± {deviation:.1f} over 2\n" in output
-    assert "40 clips to learn from, 16 to be tested on," in output and "8 classes, chance 12.5\n" in output
+    assert (
+        "40 clips to learn from, 16 to be tested on," in output
+        and "8 classes, chance 12.5\n" in output
+    )
     assert probe.main([*flags, "--shots", "1"]) == 0
     few = [f"1 labels, {head} head" for head in ("attentive", "standardised")]
     assert [*result(tmp_path)["measurements"]] == names + few
@@ -592,12 +704,15 @@ def test_features_are_written_for_code_of_your_own(tmp_path, quick_blobs, capsys
             assert saved[split]["labels"].tolist() == [source.labels[place] for place in there]
             expected = naive_features(encoder, readable(source), pooled)
             expected = expected.squeeze(1) if pooled else expected
-            torch.testing.assert_close(saved[split]["features"].float(), expected, rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(
+                saved[split]["features"].float(), expected, rtol=2e-3, atol=2e-3
+            )
     assert not list(tmp_path.glob("results-*"))
 
 
 def test_the_same_clips_for_training_and_test_and_classes_that_lack_labels_are_told(
-        tmp_path, monkeypatch, capsys, quick_blobs):
+    tmp_path, monkeypatch, capsys, quick_blobs
+):
     for i in range(6):
         (tmp_path / f"{i}.mp4").write_bytes(b"")
     (tmp_path / "a.csv").write_text("".join(f"{i}.mp4 {i % 2}\n" for i in range(4)))
@@ -612,7 +727,9 @@ def test_the_same_clips_for_training_and_test_and_classes_that_lack_labels_are_t
     assert probe.main([*flags, "--shots=1,2"]) == 0
     output = capsys.readouterr().out
     note = "(4 of 8 classes have fewer labels, down to 1)"
-    assert [note in line for line in output.splitlines() if "top-1" in line] == [False] * 2 + [True] * 2
+    assert [note in line for line in output.splitlines() if "top-1" in line] == [False] * 2 + [
+        True
+    ] * 2
 
 
 def test_results_are_of_the_same_clips_only_if_paths_sizes_and_times_are(tmp_path):
@@ -624,30 +741,51 @@ def test_results_are_of_the_same_clips_only_if_paths_sizes_and_times_are(tmp_pat
         found.add(probe.clips_fingerprint(source))
     found.add(probe.clips_fingerprint(Clips(range(5), folder=tmp_path / "elsewhere")))
     for first in (42, 43):
-        found.add(probe.clips_fingerprint(
-            data.BlobClips(8, 160, items=range(5), first=first, directions=True)))
+        found.add(
+            probe.clips_fingerprint(
+                data.BlobClips(8, 160, items=range(5), first=first, directions=True)
+            )
+        )
     assert len(found) == 6
 
 
 def test_few_label_measurements_are_of_both_heads_and_of_the_same_draws_for_every_checkpoint(
-        tmp_path, monkeypatch, quick_blobs):
+    tmp_path, monkeypatch, quick_blobs
+):
     monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=2))
     flags = [*"--benchmark blobs --shots 1,3,all --seeds 2 --seed 4".split(), *LOADERLESS]
     for seed in (0, 1):
-        assert probe.main(["--checkpoint", make_checkpoint(tmp_path / str(seed), seed=seed), *flags]) == 0
+        assert (
+            probe.main(["--checkpoint", make_checkpoint(tmp_path / str(seed), seed=seed), *flags])
+            == 0
+        )
     a, b = (result(tmp_path / folder)["measurements"] for folder in ("0", "1"))
-    assert list(a) == list(b) == [
-        f"{k} labels, {head} head" for k in (1, 3, "all") for head in ("attentive", "standardised")]
+    assert (
+        list(a)
+        == list(b)
+        == [
+            f"{k} labels, {head} head"
+            for k in (1, 3, "all")
+            for head in ("attentive", "standardised")
+        ]
+    )
     assert [a[name]["how"] for name in a] == [b[name]["how"] for name in b]
     assert [a[name]["values"] for name in a] != [b[name]["values"] for name in b]
     assert [len(each["values"]) for each in a.values()] == [5, 5, 5, 5, 2, 2]
-    few, every = ([a[f"{k} labels, standardised head"]["how"][key] for key in ("k", "seeds", "steps", "epochs")]
-                  for k in (3, "all"))
+    few, every = (
+        [
+            a[f"{k} labels, standardised head"]["how"][key]
+            for key in ("k", "seeds", "steps", "epochs")
+        ]
+        for k in (3, "all")
+    )
     assert few == [3, [4, 5, 6, 7, 8], 2, 0] and every == [0, [4, 5], 0, 1]
 
 
 @pytest.mark.parametrize("damage", [b"{", b"\xff", b""])
-def test_a_damaged_result_is_named_before_any_clip_is_read_and_kept(tmp_path, capsys, quick_blobs, damage):
+def test_a_damaged_result_is_named_before_any_clip_is_read_and_kept(
+    tmp_path, capsys, quick_blobs, damage
+):
     flags = ["--checkpoint", make_checkpoint(tmp_path), "--benchmark", "blobs", *LOADERLESS]
     (tmp_path / "results-blobs.json").write_bytes(damage)
     assert probe.main(flags) == 1 and all(source.read == [] for source in quick_blobs[0])
@@ -655,28 +793,42 @@ def test_a_damaged_result_is_named_before_any_clip_is_read_and_kept(tmp_path, ca
     assert (tmp_path / "results-blobs.json").read_bytes() == damage
 
 
-# ------------------------------------------------------------------------------------- real commands on real files
+# ---------------------------------------------------------------------- real commands on real files
 
 
 @pytest.mark.parametrize("name", ["diving48", "ssv2", "imagenet100"])
 def test_the_benchmarks_run_from_their_publishers_files(tmp_path, monkeypatch, miniature, name):
     monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=2))
-    flags = ["--checkpoint", make_checkpoint(tmp_path, "--crop", "32"), "--benchmark", name, *LOADERLESS]
+    flags = [
+        "--checkpoint",
+        make_checkpoint(tmp_path, "--crop", "32"),
+        "--benchmark",
+        name,
+        *LOADERLESS,
+    ]
     assert probe.main([*flags, "--root", str(miniature), "--shots", "all,1"]) == 0
     found, recipe = result(tmp_path, name), BENCHMARKS[name]
     sources = [data.open_dataset(name, miniature, split, 4, 32) for split in ("train", "test")]
     assert list(found["measurements"]) == [
-        f"all labels, {recipe.head} head", "all labels, standardised head",
-        "1 labels, attentive head", "1 labels, standardised head"]
+        f"all labels, {recipe.head} head",
+        "all labels, standardised head",
+        "1 labels, attentive head",
+        "1 labels, standardised head",
+    ]
     how = found["measurements"][f"all labels, {recipe.head} head"]["how"]
     assert {key: how[key] for key in recipe._fields} == recipe._replace(epochs=1)._asdict()
     clips = [sources[1].evaluation_clip(item) for item in range(len(sources[1]))]
     expected = naive_features(probe.make_encoder({**CONFIG, "seed": 100}), clips, recipe.pooled)
-    torch.testing.assert_close(stored(tmp_path, len(clips), f"{name}-test").float(), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(
+        stored(tmp_path, len(clips), f"{name}-test").float(), expected, rtol=2e-3, atol=2e-3
+    )
 
 
-def test_own_lists_compare_trained_and_untrained_weights_and_name_what_is_missing(tmp_path, monkeypatch, capsys):
-    """Six videos of three classes to learn from, one of them broken; one of those that test is of a fourth class."""
+def test_own_lists_compare_trained_and_untrained_weights_and_name_what_is_missing(
+    tmp_path, monkeypatch, capsys
+):
+    """Six videos of three classes to learn from, one of them broken; one of those that test is
+    of a fourth class."""
     monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=2))
     write_dataset(tmp_path / "clips", Shapes(8, 32, 0), 8, 8)
     (tmp_path / "clips" / "000004.mp4").write_bytes(b"no video")
@@ -686,23 +838,39 @@ def test_own_lists_compare_trained_and_untrained_weights_and_name_what_is_missin
     flags = ["--checkpoint", make_checkpoint(tmp_path / "run", "--crop", "32"), *LOADERLESS]
     flags += ["--train-list", str(lists[0]), "--test-list", str(lists[1])]
     assert probe.main(flags) == 0
-    output, names = capsys.readouterr().out, [f"{k} labels, {head} head" for k in ("all", 5) for head in
-                                              ("attentive", "standardised")]
+    output, names = capsys.readouterr().out, [
+        f"{k} labels, {head} head" for k in ("all", 5) for head in ("attentive", "standardised")
+    ]
     assert "1 of 6 clips" in output
     seeds = {"": 100, "-untrained": 0}  # whose weights
-    parts = re.findall(r"^(.*), own-clips-learn-exam(\S*): 6 clips to learn from, 2 to be tested on, 4 classes, chance "
-                       r"25.0\n((?:    .*\n)+)", output, re.M)
-    assert [part[:2] for part in parts] == [(f"target of {flags[1]}, step 7", ""),
-                                            ("untrained tiny of seed 0", "-untrained")]
+    parts = re.findall(
+        r"^(.*), own-clips-learn-exam(\S*): 6 clips to learn from, "
+        r"2 to be tested on, 4 classes, chance "
+        r"25.0\n((?:    .*\n)+)",
+        output,
+        re.M,
+    )
+    assert [part[:2] for part in parts] == [
+        (f"target of {flags[1]}, step 7", ""),
+        ("untrained tiny of seed 0", "-untrained"),
+    ]
     for _, suffix, lines in parts:
         found = result(tmp_path / "run", f"own-clips-learn-exam{suffix}")
-        assert found["sha256"] == probe.encoder_fingerprint(probe.make_encoder({**CONFIG, "seed": seeds[suffix]}))
+        assert found["sha256"] == probe.encoder_fingerprint(
+            probe.make_encoder({**CONFIG, "seed": seeds[suffix]})
+        )
         assert "000004.mp4" in found["train"]["unreadable"][0] and [*found["measurements"]] == names
         assert re.findall(r"^    (.*?) +top-1 +[\d.]+", lines, re.M) == names
-        assert found["measurements"]["all labels, attentive head"]["how"]["lr"] == BENCHMARKS["diving48"].lr
+        assert (
+            found["measurements"]["all labels, attentive head"]["how"]["lr"]
+            == BENCHMARKS["diving48"].lr
+        )
     lists[0].write_text("000000.mp4 0\n000001.mp4 20230101123456\n")
     assert probe.main(flags) == 1
-    assert f"{lists[0]} should have lines `path label`, with labels that number" in capsys.readouterr().err
+    assert (
+        f"{lists[0]} should have lines `path label`, with labels that number"
+        in capsys.readouterr().err
+    )
 
 
 def test_random_weights_are_evaluated_without_a_checkpoint(tmp_path, monkeypatch, capsys):
@@ -712,20 +880,35 @@ def test_random_weights_are_evaluated_without_a_checkpoint(tmp_path, monkeypatch
     flags = ["--untrained", "tiny", "--benchmark", "blobs", "--seed", "3", "--seeds", "2"]
     assert probe.main([*flags, *LOADERLESS]) == 0
     folder = tmp_path / "runs" / "untrained-tiny-seed3"
-    found, measured = result(folder, "blobs-untrained"), ["all labels, attentive head", "all labels, standardised head"]
+    found, measured = result(folder, "blobs-untrained"), [
+        "all labels, attentive head",
+        "all labels, standardised head",
+    ]
     assert "untrained tiny of seed 3, blobs-untrained: 4 clips to learn" in capsys.readouterr().out
     encoder = train.build(train.parse(["--seed", "3", "--patch", "16"])[0]).encoder
-    assert found["sha256"] == probe.encoder_fingerprint(encoder) and [*found["measurements"]] == measured
-    sets = [Labelled(stored(folder, len(labels), f"blobs-untrained-{split}", np.float32), labels)
-            for split, labels in (("train", torch.arange(4)), ("test", torch.arange(4, 6)))]
-    expected = naive_features(encoder, [synthetic.Blobs(42).video(4 + i)[0][:, :8] for i in range(2)])
-    assert expected.shape == (2, 4 * 10 * 10, 128)  # 8 frames of 160 pixels, in tokens of 2 x 16 x 16
+    assert (
+        found["sha256"] == probe.encoder_fingerprint(encoder)
+        and [*found["measurements"]] == measured
+    )
+    sets = [
+        Labelled(stored(folder, len(labels), f"blobs-untrained-{split}", np.float32), labels)
+        for split, labels in (("train", torch.arange(4)), ("test", torch.arange(4, 6)))
+    ]
+    expected = naive_features(
+        encoder, [synthetic.Blobs(42).video(4 + i)[0][:, :8] for i in range(2)]
+    )
+    assert expected.shape == (
+        2,
+        4 * 10 * 10,
+        128,
+    )  # 8 frames of 160 pixels, in tokens of 2 x 16 x 16
     torch.testing.assert_close(sets[1].features, expected, rtol=1e-4, atol=1e-4)
     assert found["measurements"][measured[0]]["values"] == probe.accuracies(
-        BENCHMARKS["blobs"]._replace(epochs=1), *sets, [3, 4], "cpu")
+        BENCHMARKS["blobs"]._replace(epochs=1), *sets, [3, 4], "cpu"
+    )
 
 
-# ------------------------------------------------------------------------------------ checkpoints, foreign weights
+# --------------------------------------------------------------------- checkpoints, foreign weights
 
 
 class Harm:
@@ -748,18 +931,28 @@ def checkpoint_file(tmp_path_factory):
 
 @pytest.mark.parametrize("flag", ["--checkpoint", "--weights"])
 def test_a_file_of_anything_else_gives_one_sentence_and_runs_no_code(
-        tmp_path, capsys, checkpoint_file, flag):
+    tmp_path, capsys, checkpoint_file, flag
+):
     path, harm, whole = tmp_path / "file", Harm(tmp_path / "harm"), checkpoint_file.read_bytes()
     half = len(whole) // 2
-    foreign = {"--checkpoint": "was not written by this version",
-               "--weights": "holds no 'ema_encoder'"}[flag]
+    foreign = {
+        "--checkpoint": "was not written by this version",
+        "--weights": "holds no 'ema_encoder'",
+    }[flag]
     cases = [
-        (whole[:half], NO_FILE), (b"hello", NO_FILE), (b"", NO_FILE), (pickle.dumps(harm, 2), NO_FILE),
+        (whole[:half], NO_FILE),
+        (b"hello", NO_FILE),
+        (b"", NO_FILE),
+        (pickle.dumps(harm, 2), NO_FILE),
         (b'\x40\0\0\0\0\0\0\0{"a":{"dtype":"F32"', "is a safetensors file"),
-        (whole[:half] + bytes([whole[half] ^ 16]) + whole[half + 1:],
-         "is damaged: the checksum of its part"),
+        (
+            whole[:half] + bytes([whole[half] ^ 16]) + whole[half + 1 :],
+            "is damaged: the checksum of its part",
+        ),
         ({"encoder": harm}, "holds other objects than tensors"),
-        ({"model": {"x": torch.zeros(2)}}, foreign), (None, "there is no file")]
+        ({"model": {"x": torch.zeros(2)}}, foreign),
+        (None, "there is no file"),
+    ]
     for content, sentence in cases:
         path.unlink(missing_ok=True)
         if isinstance(content, bytes):
@@ -767,7 +960,7 @@ def test_a_file_of_anything_else_gives_one_sentence_and_runs_no_code(
         elif content:
             torch.save(content, path)
         assert probe.main([flag, str(path), "--out", str(tmp_path / "out")]) == 1
-        message, = capsys.readouterr().err.splitlines()
+        (message,) = capsys.readouterr().err.splitlines()
         assert message.startswith("probe.py: ") and str(path) in message and sentence in message
         assert not (tmp_path / "harm").exists() and not (tmp_path / "out").exists()
 
@@ -775,30 +968,43 @@ def test_a_file_of_anything_else_gives_one_sentence_and_runs_no_code(
 def test_a_checkpoint_of_other_code_is_refused_in_one_sentence(tmp_path, capsys, checkpoint_file):
     path = tmp_path / "last.pt"
     for damage in (
-            lambda checkpoint: checkpoint["target"].pop("video"),
-            lambda checkpoint: checkpoint["target"].update({"embed.weight": torch.zeros(8, 3)}),
-            lambda checkpoint: checkpoint["config"].update(model="vit_huge"),
-            lambda checkpoint: checkpoint["config"].pop("model"),
-            lambda checkpoint: checkpoint["config"].pop("frames"),
-            lambda checkpoint: checkpoint.pop("definition"),
-            lambda checkpoint: checkpoint.pop("optimizer")):
+        lambda checkpoint: checkpoint["target"].pop("video"),
+        lambda checkpoint: checkpoint["target"].update({"embed.weight": torch.zeros(8, 3)}),
+        lambda checkpoint: checkpoint["config"].update(model="vit_huge"),
+        lambda checkpoint: checkpoint["config"].pop("model"),
+        lambda checkpoint: checkpoint["config"].pop("frames"),
+        lambda checkpoint: checkpoint.pop("definition"),
+        lambda checkpoint: checkpoint.pop("optimizer"),
+    ):
         checkpoint = torch.load(checkpoint_file)
         damage(checkpoint)
         torch.save(checkpoint, path)
         assert probe.main(["--checkpoint", str(path)]) == 1
-        message, = capsys.readouterr().err.splitlines()
+        (message,) = capsys.readouterr().err.splitlines()
         assert message.startswith("probe.py: ") and str(path) in message and "version of" in message
 
 
 def foreign(encoder):
     """The weights of our Encoder under the names of V-JEPA 2.1, written out."""
     kernels = encoder.embed.weight.unflatten(1, (3, encoder.tubelet, encoder.patch, encoder.patch))
-    weights = {"patch_embed.proj.weight": kernels, "patch_embed.proj.bias": encoder.embed.bias,
-               "video_mod_embed": encoder.video}
+    weights = {
+        "patch_embed.proj.weight": kernels,
+        "patch_embed.proj.bias": encoder.embed.bias,
+        "video_mod_embed": encoder.video,
+    }
     for i, block in enumerate(encoder.blocks):
-        for part, layer in (("norm1", block.norm1), ("attn.qkv", block.attn.qkv), ("attn.proj", block.attn.proj),
-                            ("norm2", block.norm2), ("mlp.fc1", block.mlp.fc1), ("mlp.fc2", block.mlp.fc2)):
-            weights |= {f"blocks.{i}.{part}.weight": layer.weight, f"blocks.{i}.{part}.bias": layer.bias}
+        for part, layer in (
+            ("norm1", block.norm1),
+            ("attn.qkv", block.attn.qkv),
+            ("attn.proj", block.attn.proj),
+            ("norm2", block.norm2),
+            ("mlp.fc1", block.mlp.fc1),
+            ("mlp.fc2", block.mlp.fc2),
+        ):
+            weights |= {
+                f"blocks.{i}.{part}.weight": layer.weight,
+                f"blocks.{i}.{part}.bias": layer.bias,
+            }
     for i, norm in enumerate(encoder.norms):
         weights |= {f"norms_block.{i}.weight": norm.weight, f"norms_block.{i}.bias": norm.bias}
     return {name: weight.detach() for name, weight in weights.items()}
@@ -814,21 +1020,36 @@ def random_encoder(seed):
     return encoder
 
 
-UNUSED = {"patch_embed_img.proj.weight": torch.zeros(128, 3, 1, 4, 4), "patch_embed_img.proj.bias": torch.zeros(128),
-          "img_mod_embed": torch.zeros(1, 1, 128)}
+UNUSED = {
+    "patch_embed_img.proj.weight": torch.zeros(128, 3, 1, 4, 4),
+    "patch_embed_img.proj.bias": torch.zeros(128),
+    "img_mod_embed": torch.zeros(1, 1, 128),
+}
 
 
 ALL = "encoder", "target_encoder", "ema_encoder"
 
 
-@pytest.mark.parametrize("prefix, unused, there, taken", [
-    ("", {}, ALL, "ema_encoder"), ("module.", {}, ("target_encoder", "encoder"), "target_encoder"),
-    ("backbone.", UNUSED, ALL, "ema_encoder"), ("module.backbone.", {}, ("encoder",), "encoder")])
-def test_foreign_weights_give_the_same_outputs_and_the_averaged_ones_come_first(tmp_path, prefix, unused, there, taken):
+@pytest.mark.parametrize(
+    "prefix, unused, there, taken",
+    [
+        ("", {}, ALL, "ema_encoder"),
+        ("module.", {}, ("target_encoder", "encoder"), "target_encoder"),
+        ("backbone.", UNUSED, ALL, "ema_encoder"),
+        ("module.backbone.", {}, ("encoder",), "encoder"),
+    ],
+)
+def test_foreign_weights_give_the_same_outputs_and_the_averaged_ones_come_first(
+    tmp_path, prefix, unused, there, taken
+):
     sources = {name: random_encoder(seed) for seed, name in enumerate(there)}
-    weights = {name: {prefix + key: weight for key, weight in {**foreign(source), **unused}.items()}
-               for name, source in sources.items()}
-    torch.save({"epoch": 3, "predictor": {"module.x": torch.zeros(2)}, **weights}, tmp_path / "w.pt")
+    weights = {
+        name: {prefix + key: weight for key, weight in {**foreign(source), **unused}.items()}
+        for name, source in sources.items()
+    }
+    torch.save(
+        {"epoch": 3, "predictor": {"module.x": torch.zeros(2)}, **weights}, tmp_path / "w.pt"
+    )
     loaded, about = load_vjepa(tmp_path / "w.pt")
     assert about == {"model": "tiny", "patch": 4, "tubelet": 2}
     clips = torch.randn(2, 3, 4, 12, 8)
@@ -836,59 +1057,118 @@ def test_foreign_weights_give_the_same_outputs_and_the_averaged_ones_come_first(
         assert torch.equal(loaded(clips), sources[taken](clips))
 
 
-@pytest.mark.parametrize("change, named", [
-    (lambda weights: weights.pop("blocks.3.attn.qkv.bias"), ["Missing", "blocks.3.attn.qkv.bias"]),
-    (lambda weights: [weights.pop(f"norms_block.{i}.weight") for i in (0, 2)], ["norms.0.weight", "norms.2.weight"]),
-    (lambda weights: weights.update({"cls_token": torch.zeros(1), "blocks.4.norm1.weight": torch.zeros(128)}),
-     ["Unexpected", "cls_token", "blocks.4.norm1.weight"]),
-    (lambda weights: weights.update({"blocks.0.mlp.fc1.weight": torch.zeros(512, 64)}),
-     ["blocks.0.mlp.fc1.weight", "[512, 64]", "[512, 128]"]),
-    (lambda weights: weights.update({"video_mod_embed": 3}), ["video"]),
-    (lambda weights: [weights.pop(name) for name in list(weights) if "norms_block" in name or "mod" in name]
-     + [weights.update({"norm.weight": torch.ones(128), "norm.bias": torch.zeros(128)})],
-     ["weights of V-JEPA 2, which has one norm at its end; V-JEPA 2.1 is needed"]),
-    (lambda weights: weights.update({"patch_embed.proj.weight": torch.zeros(1408, 3, 2, 16, 16)}), ["of a known size"]),
-    (lambda weights: weights.pop("patch_embed.proj.weight"), ["patch_embed.proj.weight should be"]),
-])
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (
+            lambda weights: weights.pop("blocks.3.attn.qkv.bias"),
+            ["Missing", "blocks.3.attn.qkv.bias"],
+        ),
+        (
+            lambda weights: [weights.pop(f"norms_block.{i}.weight") for i in (0, 2)],
+            ["norms.0.weight", "norms.2.weight"],
+        ),
+        (
+            lambda weights: weights.update(
+                {"cls_token": torch.zeros(1), "blocks.4.norm1.weight": torch.zeros(128)}
+            ),
+            ["Unexpected", "cls_token", "blocks.4.norm1.weight"],
+        ),
+        (
+            lambda weights: weights.update({"blocks.0.mlp.fc1.weight": torch.zeros(512, 64)}),
+            ["blocks.0.mlp.fc1.weight", "[512, 64]", "[512, 128]"],
+        ),
+        (lambda weights: weights.update({"video_mod_embed": 3}), ["video"]),
+        (
+            lambda weights: [
+                weights.pop(name)
+                for name in list(weights)
+                if "norms_block" in name or "mod" in name
+            ]
+            + [weights.update({"norm.weight": torch.ones(128), "norm.bias": torch.zeros(128)})],
+            ["weights of V-JEPA 2, which has one norm at its end; V-JEPA 2.1 is needed"],
+        ),
+        (
+            lambda weights: weights.update(
+                {"patch_embed.proj.weight": torch.zeros(1408, 3, 2, 16, 16)}
+            ),
+            ["of a known size"],
+        ),
+        (
+            lambda weights: weights.pop("patch_embed.proj.weight"),
+            ["patch_embed.proj.weight should be"],
+        ),
+    ],
+)
 def test_weights_that_do_not_fit_are_named(tmp_path, capsys, change, named):
     weights = foreign(random_encoder(0))
     change(weights)
-    torch.save({"encoder": {f"module.{name}": weight for name, weight in weights.items()}}, tmp_path / "w.pt")
+    torch.save(
+        {"encoder": {f"module.{name}": weight for name, weight in weights.items()}},
+        tmp_path / "w.pt",
+    )
     assert probe.main(["--weights", str(tmp_path / "w.pt"), "--out", str(tmp_path / "run")]) == 1
-    message, = capsys.readouterr().err.splitlines()
-    assert message.startswith("probe.py: 'encoder' of ") and all(name in message for name in named), message
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith("probe.py: 'encoder' of ") and all(
+        name in message for name in named
+    ), message
     assert not (tmp_path / "run").exists()
 
 
 def test_foreign_weights_are_evaluated_like_a_checkpoint(tmp_path, quick_blobs, capsys):
     source = random_encoder(2)
     torch.save({"target_encoder": foreign(source)}, tmp_path / "w.pt")
-    flags = ["--weights", str(tmp_path / "w.pt"), "--out", str(tmp_path / "run"), "--benchmark", "blobs", *LOADERLESS]
+    flags = [
+        "--weights",
+        str(tmp_path / "w.pt"),
+        "--out",
+        str(tmp_path / "run"),
+        "--benchmark",
+        "blobs",
+        *LOADERLESS,
+    ]
     assert probe.main(flags) == 0 and f"tiny of {tmp_path}/w.pt" in capsys.readouterr().out
     assert result(tmp_path / "run")["sha256"] == probe.encoder_fingerprint(source)
     expected = naive_features(source, readable(Clips(range(40, 56))))
-    torch.testing.assert_close(stored(tmp_path / "run", 16, "blobs-test").float(), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(
+        stored(tmp_path / "run", 16, "blobs-test").float(), expected, rtol=2e-3, atol=2e-3
+    )
 
 
-# ------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    ("", "give one of --checkpoint, --weights and --untrained SIZE"), ("--untrained", "give one of"),
-    ("--checkpoint a --weights b --out c", "give one of"), ("--checkpoint a --untrained tiny", "give one of"),
-    ("--untrained huge", "probe.py: --untrained takes tiny, .*, not huge"),
-    ("--untrained tiny --clips 20", "not from 192"), ("--untrained tiny --benchmark diving", "choice: 'diving'"),
-    ("--untrained tiny --shots 0", "not from 1"), ("--untrained tiny --shots 1,two", "--shots"),
-    ("--untrained tiny --benchmark diving48", "probe.py: .* is missing; README.md"),
-    ("--untrained tiny --train-list a.csv", "go together"),
-    ("--untrained tiny --train-list a --test-list b --benchmark ssv2", "give one"),
-    ("--untrained tiny --probe-epoch 3 --x", "unrecognized"),
-    ("--untrained tiny --benchmark blobs --frames 4", "no --frames, no --crop"),
-    ("--untrained tiny --benchmark diving48 --root nowhere", "probe.py: .* is missing; README.md"),
-    ("--untrained tiny --train-list a.csv --test-list b.csv", "probe.py: .*a.csv: No such file"),
-    ("--untrained tiny --crop 30", "probe.py: a 30x30 crop does not divide into 16x16 patches"),
-])
-def test_what_cannot_be_done_gives_one_sentence_and_writes_nothing(tmp_path, monkeypatch, capsys, flags, sentence):
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ("", "give one of --checkpoint, --weights and --untrained SIZE"),
+        ("--untrained", "give one of"),
+        ("--checkpoint a --weights b --out c", "give one of"),
+        ("--checkpoint a --untrained tiny", "give one of"),
+        ("--untrained huge", "probe.py: --untrained takes tiny, .*, not huge"),
+        ("--untrained tiny --clips 20", "not from 192"),
+        ("--untrained tiny --benchmark diving", "choice: 'diving'"),
+        ("--untrained tiny --shots 0", "not from 1"),
+        ("--untrained tiny --shots 1,two", "--shots"),
+        ("--untrained tiny --benchmark diving48", "probe.py: .* is missing; README.md"),
+        ("--untrained tiny --train-list a.csv", "go together"),
+        ("--untrained tiny --train-list a --test-list b --benchmark ssv2", "give one"),
+        ("--untrained tiny --probe-epoch 3 --x", "unrecognized"),
+        ("--untrained tiny --benchmark blobs --frames 4", "no --frames, no --crop"),
+        (
+            "--untrained tiny --benchmark diving48 --root nowhere",
+            "probe.py: .* is missing; README.md",
+        ),
+        (
+            "--untrained tiny --train-list a.csv --test-list b.csv",
+            "probe.py: .*a.csv: No such file",
+        ),
+        ("--untrained tiny --crop 30", "probe.py: a 30x30 crop does not divide into 16x16 patches"),
+    ],
+)
+def test_what_cannot_be_done_gives_one_sentence_and_writes_nothing(
+    tmp_path, monkeypatch, capsys, flags, sentence
+):
     """Status 2 and argparse's message where flags are wrong, else status 1."""
     monkeypatch.chdir(tmp_path)
     try:
@@ -902,16 +1182,25 @@ def test_what_cannot_be_done_gives_one_sentence_and_writes_nothing(tmp_path, mon
 
 def test_help_and_wrong_flags_need_no_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    for flags, status, text in ((["--help"], 0, "example: python probe.py"),
-                                (["--untrained=tiny", "--train-list=a"], 2, "go together")):
-        process = subprocess.run([sys.executable, probe.__file__, *flags], text=True,
-                                 capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    for flags, status, text in (
+        (["--help"], 0, "example: python probe.py"),
+        (["--untrained=tiny", "--train-list=a"], 2, "go together"),
+    ):
+        process = subprocess.run(
+            [sys.executable, probe.__file__, *flags],
+            text=True,
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        )
         assert process.returncode == status and text in process.stdout + process.stderr
 
 
 def test_nothing_readable_and_features_that_are_not_finite_are_told(tmp_path, quick_blobs, capsys):
     quick_blobs[1]["broken"] = range(200)
-    assert probe.main(["--checkpoint", make_checkpoint(tmp_path), "--benchmark", "blobs", *LOADERLESS]) == 1
+    assert (
+        probe.main(["--checkpoint", make_checkpoint(tmp_path), "--benchmark", "blobs", *LOADERLESS])
+        == 1
+    )
     found = capsys.readouterr()
     assert "40 of 40 clips of blobs-train cannot be read" in found.out
     assert "no clip can be read" in found.err
