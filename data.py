@@ -497,9 +497,14 @@ def loader(batches, start=0, workers=0, device=torch.device("cpu")):
 
 
 def load(items, workers, **how):
-    """torch's DataLoader of items, one by one, in so many worker processes."""
-    return DataLoader(items, batch_size=None, num_workers=workers, worker_init_fn=start_worker,
-                      **how)
+    """What torch's DataLoader makes of items in so many worker processes, one by one; no worker
+    outlives an error."""
+    try:
+        yield from DataLoader(items, batch_size=None, num_workers=workers,
+                              worker_init_fn=start_worker, **how)
+    except Exception:
+        end_workers()
+        raise
 
 
 def start_worker(_):
@@ -708,6 +713,8 @@ def write_file(path, content):
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # the name a user knows
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -734,11 +741,12 @@ def locked(path):
     handle = os.open(path, os.O_RDONLY)
     HELD.append(handle)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is at work on {path}; wait until it ends, or stop "
+                             "it") from None
         yield
-    except BlockingIOError:
-        raise ValueError(f"another process is at work on {path}; wait until it ends, or stop "
-                         "it") from None
     finally:
         HELD.remove(handle)
         os.close(handle)

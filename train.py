@@ -620,16 +620,16 @@ def draw_curves(trainer, path):
     image = Image.new("RGB", (900, 360 * len(panels)), "white")
     draw = ImageDraw.Draw(image)
     for i, (title, rows, names, scale) in enumerate(panels):
-        bottom = 360 * i + 300
-        draw.rectangle((60, bottom - 240, 660, bottom), outline="black")
-        draw.text((60, bottom - 264), f"{title}; steps 0 to {steps}", "black")
+        top = 360 * i + 60
+        draw.rectangle((60, top, 660, top + 240), outline="black")
+        draw.text((60, top - 24), f"{title}; steps 0 to {steps}", "black")
         for j, name in enumerate(names):
             values = [float(row[name]) for row in rows]
             largest = scale or max(map(abs, values)) or 1
-            points = [(60 + 600 * int(row["step"]) / steps, bottom - 240 * value / largest)
+            points = [(60 + 600 * int(row["step"]) / steps, top + 240 * (1 - value / largest))
                       for row, value in zip(rows, values)]
             colour = f"hsl({65 * j}, 90%, 40%)"
-            draw.text((668, bottom - 240 + 16 * j), f"{name}: 0 to {largest:.3g}", colour)
+            draw.text((668, top + 16 * j), f"{name}: 0 to {largest:.3g}", colour)
             draw.line(points, colour, 2)
     buffer = io.BytesIO()
     image.save(buffer, "png")
@@ -677,9 +677,10 @@ def run_steps(trainer, batches, rank):
                     "the last good checkpoint, if there is one; start again with a lower --lr")
             if probing and rank == 0:
                 trainer.probe(step)
-            row = trainer.row(step, losses, h, gradient_norm) if logging else None
-            if row and rank == 0:
-                report(trainer, row, bar)
+            if logging:
+                row = trainer.row(step, losses, h, gradient_norm)
+                if rank == 0:
+                    report(trainer, row, bar)
             if saving and rank == 0:
                 trainer.save(folder, step + 1)
                 draw_curves(trainer, folder / "curves.png")
