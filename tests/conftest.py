@@ -22,7 +22,8 @@ def miniature(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def exit_status():
-    """Runs a function in a process of its own, a fork of this one, which may be killed; gives how it ended."""
+    """Runs a function in a process of its own, a fork of this one, which may be killed; gives how
+    it ended."""
     def run(function):
         process = multiprocessing.get_context("fork").Process(target=function)
         process.start()
