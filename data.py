@@ -521,9 +521,10 @@ def end_workers():
     """Kill what is left of the loaders' workers: they ignore the signal by which Python would end
     them."""
     for worker in multiprocessing.active_children():
-        with contextlib.suppress(RuntimeError):  # torch's, of a worker that was killed
-            worker.kill()
-            worker.join()
+        if worker.daemon:
+            with contextlib.suppress(RuntimeError):  # torch's, of a worker that was killed
+                worker.kill()
+                worker.join()
 
 
 # --------------------------------------------------------------------------- lists of your own

@@ -1519,7 +1519,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     for place, name in ((Path, "write_bytes"), (data.os, "replace")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, full)
-            with pytest.raises(OSError, match="No space left on device"):
+            with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
                 data.write_json(path, {"a": 2})
         assert data.read_json(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
 
