@@ -798,8 +798,8 @@ def explain(error, smaller):
 def number(least):
     """The type of a flag: a whole number from `least` on."""
     def convert(text):
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        if not least <= int(text) < 10 ** 9:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {10 ** 9 - 1}")
         return int(text)
     convert.__name__ = "int"  # argparse says "invalid int value"
     return convert

@@ -70,7 +70,8 @@ def counts(text):
 def parse(arguments):
     """The command line. Flags that are wrong, or do not go together, end with argparse's words."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python probe.py --checkpoint runs/NAME/last.pt --shots 1,5,20")
 
     add = parser.add_argument_group("encoder").add_argument

@@ -130,8 +130,16 @@ def parse(arguments):
     check(config, parser.error)
 
     if not config.out:
-        about = Path(config.data).stem or config.preset
-        config.out = f"runs/{about}-{config.objective}-seed{config.seed}"
+        parts = [Path(config.data).stem or config.preset, config.objective]
+        if config.as_released:
+            parts.append("as-released")
+        if config.ablate:
+            parts.append(f"without-{config.ablate}")
+        if config.world != Config.world:
+            parts.append(config.world)
+        if "ema" in given:
+            parts.append(f"ema-{config.ema:g}")
+        config.out = "runs/" + "-".join([*parts, f"seed{config.seed}"])
     return config, flags
 
 

@@ -68,6 +68,7 @@ def draw_steps(config, masking, count, device, ranks=1):
     clips = torch.randint(256, size, dtype=torch.uint8)
     source = type("Noise", (list,), {"clips": lambda self, items: clips[:len(items)]})()
     make_masks = partial(objectives.draw_masks, grid=config.grid, masking=masking)
+    config = replace(config, micro_batch=config.micro_batch or max(1, config.batch // ranks))
     batches = data.Batches([source], [1.0], config, make_masks, 0, ranks)
     there = clips[:batches.size].to(device)
 

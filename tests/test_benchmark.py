@@ -131,7 +131,8 @@ def test_the_largest_kernels_come_first_with_their_share():
     assert len(shares) == 3 and 0 < sum(shares) <= 100 and shares == sorted(shares, reverse=True)
 
 
-@pytest.mark.command("tests/benchmark.py", "--graphs", "--objective", "hamiltonian", "--steps", "44")
+@pytest.mark.command(
+    "tests/benchmark.py", "--graphs", "--objective", "hamiltonian", "--steps", "44")
 def test_token_counts_that_change_every_step_compile_no_graph_after_the_warm_up(finished):
     output, _ = finished
     row = r"^\| hamiltonian \| (\d+) \| (\d+) \| 0 \| 0 \|$"

@@ -6,14 +6,12 @@ import errno
 import functools
 import io
 import json
-import multiprocessing
 import os
 import re
 import resource
 import runpy
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -729,40 +727,19 @@ def test_a_signal_that_comes_while_ranks_agree_is_obeyed_at_the_next_step(monkey
         assert stop.agreed() == signal.SIGTERM
 
 
-def test_two_ranks_train_as_one_process_does_and_one_rank_writes(tmp_path, exit_status, capfd):
-    """Processes with the environment that torchrun gives them. As released all micro-batches have
-    the same mask positions, on whichever rank."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-
-    def rank(number):
-        os.environ.update(
-            RANK=str(number),
-            LOCAL_RANK=str(number),
-            WORLD_SIZE="2",
-            MASTER_ADDR="localhost",
-            MASTER_PORT=str(port),
-        )
-        return train.main([*RELEASED, "--out", str(tmp_path / "shared")])
-
-    def both():
-        other = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(rank(1)))
-        other.start()
-        status = rank(0)
-        other.join()
-        sys.exit(status or other.exitcode)
-
-    assert exit_status(both) == 0 and capfd.readouterr().out.count("step 3 of 3") == 1
-    assert train.main([*RELEASED, "--out", str(tmp_path / "alone")]) == 0
-    shared, alone = rows_of(tmp_path / "shared"), rows_of(tmp_path / "alone")
-    assert len(shared) == 3
+@pytest.mark.command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                     "train.py", *RELEASED, "--out", "OUT/run")
+def test_torchrun_trains_as_one_process_does_and_one_rank_writes(finished, tmp_path, as_shipped):
+    """As released all micro-batches have the same mask positions, on whichever rank."""
+    assert train.main([*RELEASED, "--out", str(tmp_path / "run")]) == 0
+    shared, alone = rows_of(finished[1] / "run"), rows_of(tmp_path / "run")
+    assert len(shared) == 3 and finished[0].count("step 3 of 3") == 1
     for name in ("pred", "ctx", "hw", "delta", "total", "grad_norm"):
         assert shared[0][name] == pytest.approx(alone[0][name], rel=1e-5), name
-    assert probe.load_checkpoint(tmp_path / "shared" / "last.pt")["step"] == 3
+    assert probe.load_checkpoint(finished[1] / "run" / "last.pt")["step"] == 3
 
 
-# -------------------------------------------------------------------- the study's files, own videos
+# -------------------------------------------------------------------- the paper's files, own videos
 
 
 @pytest.mark.parametrize("preset", ["mixed", "ucf101", "blobs"])
