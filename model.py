@@ -7,10 +7,8 @@ Shapes used in every file
     n, k        visible and masked tokens of one mask
     D           encoder width; an encoder gives LEVELS = 4 levels side by side, hence 4D channels
 """
-import pickle
 import zipfile
 from collections import OrderedDict
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -68,6 +66,12 @@ def take(features, tokens):
     return rows.view(*tokens.shape, channels)
 
 
+def places(tokens, grid):
+    """Time, row and column of token ids [...] on a grid (t, h, w): three tensors of that shape."""
+    _, h, w = grid
+    return tokens // (h * w), tokens // w % h, tokens % w
+
+
 def level_normalise(features):
     """Layer-normalise each of the four levels on its own, without learned scale: [B, n, 4D] -> [B,
     n, 4D].
@@ -91,17 +95,16 @@ class Rotary(nn.Module):
     def __init__(self, head_dim):
         super().__init__()
         pairs = (head_dim // 3) // 2
-        frequencies = torch.zeros(3, head_dim // 2)
-        for axis in range(3):
-            its_own = slice(axis * pairs, (axis + 1) * pairs)
-            frequencies[axis, its_own] = 10000 ** (-torch.arange(pairs) / pairs)
+        of_an_axis = 10000 ** (-torch.arange(pairs) / pairs)
+        frequencies = torch.block_diag(of_an_axis, of_an_axis, of_an_axis)  # (3, 3 * pairs)
+        frequencies = F.pad(frequencies, (0, head_dim // 2 - 3 * pairs))  # (3, head_dim / 2)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, tokens, grid):
         """Token ids [B, n] of a grid (t, h, w) -> cosines and sines of the angles, [B, 1, n,
         head_dim / 2] each."""
         _, h, w = grid
-        time, row, column = tokens // (h * w), tokens // w % h, tokens % w  # (B, n) each
+        time, row, column = places(tokens, grid)  # (B, n) each
         # Rows and columns of every crop are stretched over the positions 0..15; time counts steps.
         row = row * (15 / max(h - 1, 1))
         column = column * (15 / max(w - 1, 1))
@@ -190,8 +193,8 @@ class Encoder(nn.Module):
         [B, n, 4D]."""
         grid = token_grid(*clips.shape[2:], self.patch, self.tubelet)
         t, h, w = grid
-        x = clips.unflatten(4, (w, -1)).unflatten(3, (h, -1)).unflatten(2, (t, -1))
-        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7)  # (B, t, h, w, 3, T/t, H/h, W/w)
+        x = clips.reshape(-1, 3, t, self.tubelet, h, self.patch, w, self.patch)
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7)  # (B, t, h, w, 3, tubelet, patch, patch)
         x = x.flatten(1, 3).flatten(2)  # (B, N, pixels of a token)
         tokens = torch.arange(x.shape[1], device=x.device).unsqueeze(0)  # (1, N)
         if visible is not None:
@@ -235,38 +238,29 @@ class Predictor(nn.Module):
         rotation = self.rotary(torch.cat((visible, masked), dim=1), grid)
         for block in self.blocks:
             x = block(x, rotation)
-        if not context:
-            return self.to_masked(self.norm(x[:, n:])), None
         x = self.norm(x)
-        return self.to_masked(x[:, n:]), self.to_visible(x[:, :n])
+        return self.to_masked(x[:, n:]), self.to_visible(x[:, :n]) if context else None
 
 
 # -------------------------------------------------------------------------- weights of V-JEPA 2.1
 
 THEIR_NAMES = {"patch_embed.proj.": "embed.", "video_mod_embed": "video", "norms_block.": "norms."}
-UNUSED = {"patch_embed_img.proj.weight", "patch_embed_img.proj.bias", "img_mod_embed"}  # for images
 
 
 def load_tensors(path):
     """What torch.save wrote to a file, as far as that is tensors, numbers and text: no code from
-    the file ever runs. Raises FileNotFoundError, or ValueError in one sentence for any other file.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    is_archive = zipfile.is_zipfile(path)
+    the file ever runs. Raises OSError, or ValueError for any other file."""
     try:
-        damaged = zipfile.ZipFile(path).testzip() if is_archive else None
-        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the bytes of another file lead to
-        if Path(path).open("rb").read(10)[8:] == b'{"':
-            what = "is a safetensors file; save its tensors by torch.save"
-        elif is_archive and isinstance(error, pickle.UnpicklingError):
-            what = "holds other objects than tensors; save a dict of tensors"
-        else:
-            what = "is not a file of torch.save, or was cut short"
-        raise ValueError(f"{path} {what}") from None
-    if damaged:
-        raise ValueError(f"{path} is damaged: the checksum of its part {damaged} is wrong")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        # Torch itself compares no checksums.
+        whole = not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip() is None
+    except OSError:
+        raise
+    except Exception:  # whatever the bytes of another file lead to
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is damaged, cut short, or not a file of tensors that torch.save "
+                         "wrote")
     return content
 
 
@@ -290,9 +284,8 @@ def load_vjepa(path):
     for name, weight in content[chosen].items():
         name = name.removeprefix("module.").removeprefix("backbone.")
         for theirs, ours in THEIR_NAMES.items():
-            if name.startswith(theirs):
-                name = ours + name.removeprefix(theirs)
-        if name not in UNUSED:
+            name = name.replace(theirs, ours)
+        if "img" not in name:  # for single images
             weights[name] = weight
     if "norm.weight" in weights and "video" not in weights:
         raise ValueError(f"'{chosen}' of {path} holds weights of V-JEPA 2, which has one norm at "
@@ -305,11 +298,9 @@ def load_vjepa(path):
         # A convolution whose stride is its kernel is a linear layer.
         weights["embed.weight"] = weights["embed.weight"].flatten(1)
         encoder.load_state_dict(weights)
-    except (AttributeError, KeyError, ValueError):
-        raise ValueError(f"'{chosen}' of {path} is not an encoder of a known size: "
-                         "patch_embed.proj.weight should be [D, 3, tubelet, patch, patch], "
-                         f"D one of {list(sizes)}") from None
-    except RuntimeError as error:  # torch's names everything that is missing, left over or wrong
-        raise ValueError(f"'{chosen}' of {path} does not fit {sizes[width]}: "
-                         + " ".join(str(error).split())) from None
+    except (AttributeError, KeyError, RuntimeError, ValueError) as error:
+        # Torch's names everything that is missing, left over or wrong.
+        what = " ".join(str(error).split())
+        raise ValueError(f"'{chosen}' of {path} is not an encoder of V-JEPA 2.1 of a width in "
+                         f"{list(sizes)}: {what}") from None
     return encoder, {"model": sizes[width], "patch": patch, "tubelet": tubelet}

@@ -20,16 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from model import LEVELS, normalise, take
+from model import LEVELS, normalise, places, take
 
 # ------------------------------------------------------------------------------------------ masks
-
-
-class MaskKind(NamedTuple):
-    """One way to hide blocks. `scale` is the share of the frame that a block covers; it spans all
-    time steps, since a place hidden at one moment only could be copied from the next frame."""
-    blocks: int
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -43,12 +36,13 @@ class Masking:
 
     @property
     def kinds(self):
-        """The short-range and the long-range mask: many small blocks ask for detail from close by,
-        few large ones for what the whole scene implies. Both share one pass of the target encoder.
-        There are fewer blocks where later time steps are hidden anyway."""
+        """The short-range and the long-range mask, (number of blocks, share of the frame that a
+        block covers) each: many small blocks ask for detail from close by, few large ones for what
+        the whole scene implies. Both share one pass of the target encoder. There are fewer blocks
+        where later time steps are hidden anyway."""
         if self.first_steps < 1.0:
-            return MaskKind(4, 0.15), MaskKind(1, 0.70)
-        return MaskKind(8, 0.15), MaskKind(2, 0.70)
+            return (4, 0.15), (1, 0.70)
+        return (8, 0.15), (2, 0.70)
 
 
 def motion_map(clips, grid, maxima_mixed_up=False):
@@ -64,15 +58,15 @@ def motion_map(clips, grid, maxima_mixed_up=False):
     difference = (clips[:, :, 1:] - clips[:, :, :-1]).abs().mean(1, keepdim=True)
     difference = torch.cat((difference[:, :, :1], difference), dim=2)  # (B, 1, T, H, W)
     motion = F.interpolate(difference, size=grid, mode="trilinear").squeeze(1)  # (B, t, h, w)
-    largest = motion.amax((1, 2, 3), keepdim=True)
+    largest = motion.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
 
-    if not maxima_mixed_up:
-        return torch.where(largest > 0, motion / largest, 0.0)
-    if len(clips) < grid[0]:
-        raise ValueError(f"--as-released divides each of {grid[0]} time steps by the maximum of "
-                         f"another clip, but a micro-batch has {len(clips)} clips; "
-                         f"give --micro-batch {grid[0]} or more")
-    return motion / largest[:grid[0]].clamp(min=1e-6).view(1, -1, 1, 1)
+    if maxima_mixed_up:
+        if len(clips) < grid[0]:
+            raise ValueError(f"--as-released divides each of {grid[0]} time steps by the maximum "
+                             f"of another clip, but a micro-batch has {len(clips)} clips; "
+                             f"give --micro-batch {grid[0]} or more")
+        largest = largest[:grid[0]].view(1, -1, 1, 1)
+    return motion / largest
 
 
 def middle_pixels(clips, grid):
@@ -86,19 +80,20 @@ def middle_pixels(clips, grid):
     return clips
 
 
-def draw_block_size(kind, grid, generator):
-    """Draw the rows and columns of a block: the kind's share of the frame, at an aspect ratio from
-    0.75 to 1.5."""
+def draw_block_size(share, grid, generator):
+    """Draw the rows and columns of a block that covers this share of the frame, at an aspect ratio
+    from 0.75 to 1.5."""
     _, h, w = grid
     aspect = 0.75 + 0.75 * torch.rand((), generator=generator).item()
-    cells = int(h * w * kind.scale)
+    cells = int(h * w * share)
     rows, columns = round(math.sqrt(cells * aspect)), round(math.sqrt(cells / aspect))
     return min(h, max(1, rows)), min(w, max(1, columns))
 
 
-def place_blocks(kind, size, grid, masking, motion, generator):
-    """The mask of one clip: bool [t, h, w], True where masked. motion: [t, h, w], or None for
-    uniform placement."""
+def place_blocks(blocks, size, grid, masking, motion, generator):
+    """The mask of one clip: bool [t, h, w], True where masked. A block spans all time steps, since
+    a place hidden at one moment only could be copied from the next frame. motion: [t, h, w], or
+    None for uniform placement."""
     t, h, w = grid
     rows, columns = size
     corners = (h - rows + 1, w - columns + 1)  # places for the top left corner
@@ -112,7 +107,7 @@ def place_blocks(kind, size, grid, masking, motion, generator):
         guided = weights.sum() > 0  # else nothing moves in this clip
 
     masked = torch.zeros(grid, dtype=torch.bool)
-    for _ in range(kind.blocks):
+    for _ in range(blocks):
         if guided and torch.rand((), generator=generator).item() >= masking.uniform_share:
             corner = torch.multinomial(weights, 1, generator=generator).item()
         else:
@@ -135,8 +130,9 @@ def equal_counts(masks, generator=None):
     return torch.stack([ids[:count].sort().values for ids in tokens])
 
 
-def sample_masks(batch, grid, masking, generator, motion=None, sizes=None):
+def sample_masks(motion, grid, masking, generator, sizes):
     """Draw both masks of a batch: a list of (visible [B, n], masked [B, k]), sorted token ids.
+    motion: of each clip, as `place_blocks` takes it.
 
     One block size per mask for the whole batch, positions per clip. A clip with nothing left to see
     is drawn again; then all clips are cut to the batch's smallest counts, dropping the end of the
@@ -147,23 +143,22 @@ def sample_masks(batch, grid, masking, generator, motion=None, sizes=None):
     masks, at_random = [], None
     if masking.random_cut:
         at_random = torch.Generator().manual_seed(generator.initial_seed() + 1)
-    for kind in masking.kinds:
-        size, hidden = draw_block_size(kind, grid, sizes or generator), []
-        for i in range(batch):
-            moves = None if motion is None else motion[i]
+    for blocks, share in masking.kinds:
+        size, hidden = draw_block_size(share, grid, sizes), []
+        for moves in motion:
             for _ in range(1000):
-                mask = place_blocks(kind, size, grid, masking, moves, generator)
+                mask = place_blocks(blocks, size, grid, masking, moves, generator)
                 if not mask.all():
                     break
             else:
-                raise ValueError(f"no mask of {kind.blocks} blocks of {size[0]}x{size[1]} tokens "
+                raise ValueError(f"no mask of {blocks} blocks of {size[0]}x{size[1]} tokens "
                                  f"leaves anything visible on a token grid of {grid}; use a larger "
                                  "crop or smaller patches")
             hidden.append(mask.flatten())
 
         visible = equal_counts([~mask for mask in hidden], at_random)  # (B, n)
         if masking.first_steps < 1.0:
-            hidden = torch.ones(batch, math.prod(grid), dtype=torch.bool)
+            hidden = torch.ones(len(motion), math.prod(grid), dtype=torch.bool)
             hidden = hidden.scatter(1, visible, False)
         masks.append((visible, equal_counts(hidden, at_random)))  # (B, n), (B, k)
     return masks
@@ -172,11 +167,11 @@ def sample_masks(batch, grid, masking, generator, motion=None, sizes=None):
 def draw_masks(clips, positions, sizes, grid, masking):
     """`sample_masks` for uint8 clips [B, 3, T, H, W], called in a loader's worker, so that no step
     waits for it. positions, sizes: the generators of where blocks lie, and how large they are."""
-    motion = None
+    motion = [None] * len(clips)
     if masking.motion_strength:
         pixels = normalise(middle_pixels(clips, grid))
         motion = motion_map(pixels, grid, masking.maxima_mixed_up)
-    return sample_masks(len(clips), grid, masking, positions, motion, sizes)
+    return sample_masks(motion, grid, masking, positions, sizes)
 
 
 # ----------------------------------------------------------------------- what a term may look at
@@ -211,8 +206,8 @@ class Pairs(NamedTuple):
     valid: torch.Tensor  # [B, n] is the next one visible? Where it is not, Z+ and H+ mean nothing
 
 
-def find_pairs(mask, outputs, part=lambda z: z):
-    """The `Pairs` of one `MaskOutputs`. part: `appearance` or `dynamics` of Z alone."""
+def find_pairs(mask, outputs, part):
+    """The `Pairs` of one `MaskOutputs`. part: a function that takes the channels of Z it needs."""
     _, rows, columns = outputs.grid
     wanted = mask.visible + rows * columns
     index = torch.searchsorted(mask.visible, wanted).clamp(max=mask.visible.shape[1] - 1)
@@ -286,7 +281,7 @@ class SumOverRanks(torch.autograd.Function):
 def mean_over_ranks(value):
     """Average over the processes of a distributed run, with gradient; the value itself in a run of
     one."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not dist.is_initialized():
         return value
     return SumOverRanks.apply(value) / dist.get_world_size()
 
@@ -308,22 +303,16 @@ def prediction_loss(outputs, squared=False):
     return sum(errors) / len(errors)
 
 
-def distance_to_masked(visible, masked, grid):
-    """Distance in grid units from each visible token [B, n] to the clip's nearest masked one
-    [B, k]: [B, n]."""
-    _, h, w = grid
-    places = [torch.stack((tokens // (h * w), tokens // w % h, tokens % w), dim=-1).float()
-              for tokens in (visible, masked)]
-    # The matrix-product shortcut of cdist would round the squares of small whole numbers.
-    return torch.cdist(*places, compute_mode="donot_use_mm_for_euclid_dist").amin(-1)
-
-
 def context_loss(outputs, squared=False):
-    """L_ctx = mean over masks of mean(|c - h[visible]| / sqrt(distance to the nearest masked
-    token))."""
+    """L_ctx = mean over masks of mean(|c - h[visible]| / sqrt(distance to the nearest masked token
+    of the clip, in grid units))."""
     total = 0.0
     for mask in outputs.masks:
-        nearest = distance_to_masked(mask.visible, mask.masked, outputs.grid)  # (B, n)
+        visible, masked = (torch.stack(places(tokens, outputs.grid), dim=-1).float()
+                           for tokens in (mask.visible, mask.masked))  # (B, n, 3), (B, k, 3)
+        # The matrix-product shortcut of cdist would round the squares of small whole numbers.
+        apart = torch.cdist(visible, masked, compute_mode="donot_use_mm_for_euclid_dist")
+        nearest = apart.amin(-1)  # (B, n)
         error = deviation(mask.c, take(outputs.h, mask.visible), squared).mean(-1)  # (B, n)
         total = total + (error / nearest.sqrt()).mean()
     return total / len(outputs.masks)
@@ -332,10 +321,9 @@ def context_loss(outputs, squared=False):
 # -------------------------------------------------------------------------------- auxiliary terms
 
 
-def hard_weights(error, temperature):
-    """n softmax(error / temperature) over the last of the axes [..., n], without gradient; their
-    mean is 1."""
-    return error.shape[-1] * torch.softmax(error.detach() / temperature, dim=-1)
+def hard_weights(error):
+    """n softmax(error) over the last of the axes [..., n], without gradient; their mean is 1."""
+    return error.shape[-1] * error.detach().softmax(-1)
 
 
 def masked_errors(outputs):
@@ -343,19 +331,18 @@ def masked_errors(outputs):
     return [distance(mask.p, take(outputs.h, mask.masked)) for mask in outputs.masks]
 
 
-def hard_weighting(outputs, temperature=1.0):
-    """Hard-region weighting: mean(w e), e = |p - h[masked]|, w = k softmax(e / temperature) over
-    the clip's k tokens, without gradient. With e of order 1 and temperature 1 the weights stay
-    close to uniform."""
+def hard_weighting(outputs):
+    """Hard-region weighting: mean(w e), e = |p - h[masked]|, w = k softmax(e) over the clip's k
+    tokens, without gradient. With e of order 1 the weights stay close to uniform."""
     errors = masked_errors(outputs)
-    return sum((hard_weights(e, temperature) * e).mean() for e in errors) / len(errors)
+    return sum((hard_weights(e) * e).mean() for e in errors) / len(errors)
 
 
 @torch.no_grad()
-def hard_share(outputs, temperature=1.0):
+def hard_share(outputs):
     """Uniformity of the weights of `hard_weighting`, 1 at most: effective sample size / k =
     (sum w)^2 / (k sum w^2)."""
-    weights = [hard_weights(e, temperature) for e in masked_errors(outputs)]
+    weights = [hard_weights(e) for e in masked_errors(outputs)]
     return sum((w.mean(1).square() / w.square().mean(1)).mean() for w in weights) / len(weights)
 
 
@@ -364,19 +351,18 @@ def change_matching(outputs):
     return mean_over_pairs(outputs, lambda at: distance(at.z_next - at.z, at.h_next - at.h))
 
 
-def latent_dynamics(outputs, head, dynamics_only=False, hard=False, temperature=1.0,
-                    detached=False):
+def latent_dynamics(outputs, head, dynamics_only=False, hard=False, detached=False):
     """Latent dynamics: mean |d(Z) - (H+ - H)| over pairs, d a small head.
 
     dynamics_only: d sees the deep levels alone (with fwm). hard: each pair weighs n_pairs
-    softmax(error / temperature) over all pairs of the batch, without gradient (with hw). detached:
-    the hard-weighted mean has none either, so the term trains nothing, as in the released code
+    softmax(error) over all pairs of the batch, without gradient (with hw). detached: the
+    hard-weighted mean has none either, so the term trains nothing, as in the released code
     (tests/results/README.md, departure 1).
     """
     def error(at):
         e = distance(head(at.z), at.h_next - at.h)  # (B, n)
         if hard:
-            score = (e.detach() / temperature).masked_fill(~at.valid, torch.finfo(e.dtype).min)
+            score = e.detach().masked_fill(~at.valid, torch.finfo(e.dtype).min)
             e = e * at.valid.sum() * score.flatten().softmax(0).view_as(e)
         return e.detach() if detached else e
     return mean_over_pairs(outputs, error, seen_by_head(dynamics_only))
@@ -414,18 +400,17 @@ def temporal_spectrum(outputs):
     """
     t, h, w = outputs.grid
 
-    def error(mask):
+    def errors(mask):
         difference = at_least_float32(mask.z - take(outputs.h.detach(), mask.visible))  # (B, n, 4D)
-        clips = torch.arange(len(difference), device=difference.device).unsqueeze(1)  # (B, 1)
-        whole = difference.new_zeros(len(difference), t * h * w, difference.shape[-1])
-        whole = whole.index_put((clips, mask.visible), difference).unflatten(1, (t, h * w))
-        seen = torch.zeros_like(whole[..., 0], dtype=torch.bool).flatten(1)  # (B, N)
-        seen = seen.scatter(1, mask.visible, True).unflatten(1, (t, h * w))
+        tokens = mask.visible.unsqueeze(-1).expand_as(difference)
+        whole = torch.zeros_like(outputs.h, dtype=difference.dtype).scatter(1, tokens, difference)
+        steps_seen = F.one_hot(mask.visible % (h * w), h * w).sum(1)  # (B, h*w)
 
-        magnitude = torch.fft.rfft(whole, dim=1).abs()  # (B, t/2+1, h*w, 4D)
+        magnitude = torch.fft.rfft(whole.unflatten(1, (t, h * w)), dim=1).abs()
         weight = torch.linspace(0.1, 1.0, t // 2 + 1, device=whole.device, dtype=whole.dtype)
-        return (weight.view(-1, 1, 1) * magnitude).mean((1, 3)), seen.all(1) & (t >= 4)  # (B, h*w)
-    return mean_over_masks([error(mask) for mask in outputs.masks])
+        error = (weight.view(-1, 1, 1) * magnitude).mean((1, 3))  # (B, h*w)
+        return error, (steps_seen == t) & (t >= 4)
+    return mean_over_masks(map(errors, outputs.masks))
 
 
 def latent_temporal_contrast(outputs, margin=0.5):
@@ -487,16 +472,16 @@ def sigreg(outputs, directions=1024, chunk=64):
     Its count is that of the visible tokens of all micro-batches of a step on all ranks, so that the
     term weighs the same on one GPU as on four; the statistic inside is that of the ranks' present
     micro-batches, the only one that spans ranks, as in the paper. Directions go through in chunks
-    that the backward pass computes again, so that memory does not grow with their number.
+    that the backward pass computes again, so that memory does not grow with their number; `chunk`
+    divides it.
     """
     with torch.autocast(outputs.h.device.type, enabled=False):
         sample = at_least_float32(torch.cat([mask.z.flatten(0, 1) for mask in outputs.masks]))
         unit = torch.randn(sample.shape[1], directions, device=sample.device, dtype=sample.dtype)
-        count, total = len(sample) * outputs.groups, 0.0
-        for part in F.normalize(unit, dim=0).split(chunk, dim=1):
-            statistic = checkpoint(epps_pulley, sample, part, count, use_reentrant=False)
-            total = total + statistic * part.shape[1]
-        return total / directions
+        chunks = F.normalize(unit, dim=0).split(chunk, dim=1)
+        statistics = [checkpoint(epps_pulley, sample, each, len(sample) * outputs.groups,
+                                 use_reentrant=False) for each in chunks]
+        return sum(statistics) / len(chunks)
 
 
 def energy_gradient(head, q, p):
@@ -618,14 +603,20 @@ def released_form(objective):
     departures 1, 2 and 10; of 11 it is data.py that draws masks alike)."""
     terms = dict(objective.terms)
     for name, term in terms.items():
-        if term.options.get("hard"):
+        if "hard" in term.options:
             terms[name] = replace(term, options={**term.options, "detached": True})
     guided = objective.masking.motion_strength > 0
     masking = replace(objective.masking, maxima_mixed_up=guided)
     return replace(objective, terms=terms, masking=masking, stale_target=True)
 
 
-ABLATIONS = ("stop_gradient", "predictor", "level_norm", "l1", "cut")
+ABLATIONS = {
+    "stop_gradient": {"ema": False},
+    "predictor": {},
+    "level_norm": {"level_norm": False},
+    "l1": {"squared": True},
+    "cut": {},
+}
 
 
 def without(objective, ingredient):
@@ -635,17 +626,12 @@ def without(objective, ingredient):
     "predictor" takes away its blocks, so that no prediction at a masked place depends on what is
     visible: train.py.
     """
-    if ingredient == "cut" and objective.masking.first_steps < 1.0:
-        raise ValueError("--ablate cut needs masks that are cut; those of this objective lose no "
-                         "token")
-    changes = {
-        "stop_gradient": {"ema": False},
-        "level_norm": {"level_norm": False},
-        "l1": {"squared": True},
-        "predictor": {},
-        "cut": {"masking": replace(objective.masking, random_cut=True)},
-    }
-    return replace(objective, **changes[ingredient])
+    if ingredient == "cut":
+        if objective.masking.first_steps < 1.0:
+            raise ValueError("--ablate cut needs masks that are cut; those of this objective lose "
+                             "no token")
+        return replace(objective, masking=replace(objective.masking, random_cut=True))
+    return replace(objective, **ABLATIONS[ingredient])
 
 
 FWM = {"fwm_static": Term(0.05), "fwm_orth": Term(0.01)}
@@ -705,7 +691,7 @@ OBJECTIVES = {
 def describe(objective):
     """What an objective adds to the core loss, how it masks and where its targets come from, as one
     line of text."""
-    terms, parts, masking = [], [], objective.masking
+    parts, masking = [], objective.masking
     for name, term in objective.terms.items():
         options = [option if value is True else f"{option} {value}"
                    for option, value in term.options.items()]
@@ -714,10 +700,9 @@ def describe(objective):
         text = f"{term.coefficient:g} {name}"
         if options:
             text += f" ({', '.join(options)})"
-        terms.append(text)
+        parts.append(text)
 
-    if terms:
-        parts.append(" + ".join(terms))
+    parts = [" + ".join(parts)] if parts else []
     if masking.motion_strength:
         parts.append(f"motion-guided masks s={masking.motion_strength:g} "
                      f"r={masking.uniform_share:g}")
@@ -730,11 +715,9 @@ def describe(objective):
 
 def objective_list():
     """The named objectives, a line each: name, regime, what it adds, in words."""
-    rows = [(name, objective.regime, describe(objective), objective.about)
-            for name, objective in OBJECTIVES.items()]
-    name, regime, added = (max(map(len, column)) for column in list(zip(*rows))[:3])
-    return "\n".join(f"{row[0]:<{name}}  {row[1]:<{regime}}  {row[2]:<{added}}  {row[3]}"
-                     for row in rows)
+    return "\n".join(
+        f"{name:<19}{objective.regime:<8}{describe(objective):<69}{objective.about}"
+        for name, objective in OBJECTIVES.items())
 
 
 # -------------------------------------------------------------------------------- losses of a step
@@ -755,41 +738,41 @@ def coefficients(objective, step, steps, ctx_weight=0.5):
     return weights
 
 
+def term_value(name, outputs, objective, heads):
+    """The value of one term of an objective, unweighted."""
+    head = [heads[name]] if name in heads else []
+    return TERMS[name](outputs, *head, **objective.terms[name].options)
+
+
 def losses(outputs, objective, heads, weights):
     """Every loss of an objective by name, unweighted, then their weighted sum, "total", and with hw
     `hard_share`. There is no "ctx" where nothing was predicted at visible tokens."""
     values = {"pred": prediction_loss(outputs, objective.squared)}
     if outputs.masks[0].c is not None:
         values["ctx"] = context_loss(outputs, objective.squared)
-    for name, term in objective.terms.items():
-        head = [heads[name]] if name in heads else []
-        values[name] = TERMS[name](outputs, *head, **term.options)
+    for name in objective.terms:
+        values[name] = term_value(name, outputs, objective, heads)
     values["total"] = sum(weights[name] * value for name, value in values.items())
     if "hw" in objective.terms:
-        values["hard_share"] = hard_share(outputs, **objective.terms["hw"].options)
+        values["hard_share"] = hard_share(outputs)
     return values
 
 
 def check_terms(outputs, objective, heads):
     """Try every term of an objective on a first batch, without touching what is drawn at random
     later. ValueError, in a sentence that names the term, where one does not work."""
-    for name, term in objective.terms.items():
+    for name in objective.terms:
         if name not in TERMS:
-            raise ValueError(f"the objective has a term {name!r} that is not in TERMS; "
-                             f"add its function: TERMS[{name!r}] = ...")
-        head = [heads[name]] if name in heads else []
+            raise ValueError(f"the objective has a term {name!r} that is not in TERMS")
         try:
             with torch.random.fork_rng():
-                value = TERMS[name](outputs, *head, **term.options)
+                value = term_value(name, outputs, objective, heads)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError) as error:
             what = " ".join(str(error).split())
-            if not head:
-                what += f" (it has no head; if it needs one, add HEADS[{name!r}])"
             raise ValueError(f"the term {name!r} does not work: {what}") from error
-        if not isinstance(value, torch.Tensor) or value.ndim:
-            shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-            raise ValueError(f"the term {name!r} gives {shape} instead of a scalar tensor")
+        if getattr(value, "shape", None) != ():
+            raise ValueError(f"the term {name!r} gives no scalar tensor; average it")
         if not value.isfinite():
             raise ValueError(f"the term {name!r} is {value.item()} on the first batch")

@@ -5,6 +5,7 @@ Diving-48, and `Blobs` the paper's own synthetic benchmark. `python data.py --wr
 shapes or blobs as video files.
 """
 import itertools
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,10 +13,8 @@ import torch
 SIDE = 32  # of a world, in its own units; a clip of any size shows all of it, larger or smaller
 
 
-def outline_plus(x, y):
-    across = torch.maximum(x.abs() - 1, y.abs() - 0.35)
-    upright = torch.maximum(x.abs() - 0.35, y.abs() - 1)
-    return torch.minimum(across, upright)
+def rectangle(x, y, width, height):
+    return torch.maximum(x.abs() - width, y.abs() - height)
 
 
 # Each shape's signed distance to its outline at (x, y), or a lower bound: negative inside. The
@@ -23,12 +22,12 @@ def outline_plus(x, y):
 APPEARANCES = {
     "disc": lambda x, y: (x ** 2 + y ** 2).sqrt() - 0.9,
     "ring": lambda x, y: ((x ** 2 + y ** 2).sqrt() - 0.75).abs() - 0.25,
-    "square": lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.8,
+    "square": lambda x, y: rectangle(x, y, 0.8, 0.8),
     "diamond": lambda x, y: (x.abs() + y.abs() - 1.1) / 2 ** 0.5,
     "triangle": lambda x, y: torch.maximum(y - 0.7, (2 * x.abs() - y - 0.9) / 5 ** 0.5),
-    "plus": outline_plus,
-    "bar": lambda x, y: torch.maximum(x.abs() - 1, y.abs() - 0.5),
-    "pillar": lambda x, y: torch.maximum(x.abs() - 0.5, y.abs() - 1),
+    "plus": lambda x, y: rectangle(x, y, 1, 0.35).minimum(rectangle(x, y, 0.35, 1)),
+    "bar": lambda x, y: rectangle(x, y, 1, 0.5),
+    "pillar": lambda x, y: rectangle(x, y, 0.5, 1),
 }
 DIRECTIONS = ("right", "down right", "down", "down left", "left", "up left", "up", "up right")
 
@@ -38,52 +37,45 @@ def point(angle):
     return torch.polar(torch.ones_like(angle), angle)
 
 
+@dataclass
 class World:
     """What worlds share: item i of a seed is always the same clip, and items never run out.
 
-    `classes` names the factors and says how many classes each has: those of the motion, the
-    appearance, and last all of the motion together, whose classes differ in nothing else. All but
-    the last are drawn independently and uniformly.
+    A world's `classes` names the factors and says how many classes each has: those of the motion,
+    the appearance, and last all of the motion together, whose classes differ in nothing else. All
+    but the last are drawn independently and uniformly. `few` names the factors that are probed with
+    few labels (the first is the label of a clip in a file), `linear` those that a linear head is
+    probed on with all labels. `nuisances` says how many other numbers an item draws.
     """
-    classes: dict[str, int]
-    few: tuple[str, ...]  # probed with few labels; the first is the label of a clip in a file
-    linear: tuple[str, ...]  # probed with all labels by a linear head
-    nuisances: int  # how many other numbers an item draws
-
-    def __init__(self, frames, size, seed, device="cpu"):
-        self.frames = frames
-        self.size = size
-        self.seed = seed
-        self.device = device
+    frames: int
+    size: int  # height and width in pixels
+    seed: int
+    device: str = "cpu"  # where clips are rendered
 
     def __len__(self):
         return 2 ** 31
 
     def draw(self, items):
         """Of items [B]: their factors, {name: LongTensor [B]}, and nuisances [B, n] in 0..1."""
-        *motion, appearance, together = self.classes
-        drawn = *motion, appearance
-        rows = []
+        counts = [*self.classes.values()][:-1]
+        labels, nuisances = [], []
         for item in items:
             generator = np.random.default_rng([self.seed, int(item)])
-            labels = [generator.integers(self.classes[name]) for name in drawn]
-            rows.append([*labels, *generator.random(self.nuisances)])
-
-        rows = torch.tensor(rows, dtype=torch.float32, device=self.device)
-        labels, nuisances = rows.split((len(drawn), self.nuisances), dim=1)
-        factors = dict(zip(drawn, labels.long().T))
-        factors[together] = 0
-        for name in motion:
-            factors[together] = factors[together] * self.classes[name] + factors[name]
-        return factors, nuisances
+            drawn = [int(generator.integers(count)) for count in counts]
+            together = np.ravel_multi_index(drawn[:-1], counts[:-1])
+            labels.append([*drawn, int(together)])
+            nuisances.append(generator.random(self.nuisances).tolist())
+        factors = dict(zip(self.classes, torch.tensor(labels).T))
+        return factors, torch.tensor(nuisances)
 
     def factors(self, items):
         """The factors of items [B]: {name: LongTensor [B]}, on the CPU."""
-        return {name: labels.cpu() for name, labels in self.draw(items)[0].items()}
+        return self.draw(items)[0]
 
     def clips(self, items):
         """Items [B] -> uint8 [B, 3, frames, size, size], grey."""
-        picture = self.render(*self.draw(items))  # (B, T, size, size)
+        with torch.device(self.device):
+            picture = self.render(*self.draw(items))  # (B, T, size, size)
         return picture.round().to(torch.uint8).unsqueeze(1).expand(-1, 3, -1, -1, -1)
 
     def offsets(self, centre):
@@ -92,7 +84,7 @@ class World:
         The world is a torus: what leaves on one side comes back on the other, so an offset is
         from the nearest of the centre's copies.
         """
-        pixel = (torch.arange(self.size, device=self.device) + 0.5) * (SIDE / self.size)
+        pixel = (torch.arange(self.size) + 0.5) * (SIDE / self.size)
         return [
             (pixel - each[..., None] + SIDE / 2).remainder(SIDE) - SIDE / 2
             for each in (centre.real, centre.imag)
@@ -126,18 +118,18 @@ class Shapes(World):
     SPEEDS = (4.0, 4.7, 5.3, 6.0)  # world units per frame
 
     def render(self, factors, start):
-        speed = torch.tensor(self.SPEEDS, device=self.device)[factors["speed"]]
+        speed = torch.tensor(self.SPEEDS)[factors["speed"]]
         velocity = speed * point(factors["direction"] * (2 * torch.pi / len(DIRECTIONS)))  # y down
-        time = torch.arange(self.frames, device=self.device)
+        time = torch.arange(self.frames)
         start = SIDE * torch.complex(*start.T)
         centre = start[:, None] + velocity[:, None] * time  # (B, T)
 
         x, y = (offset / self.RADIUS for offset in self.offsets(centre))  # (B, T, size) each
-        distance = torch.empty(*x.shape, self.size, device=self.device)  # (B, T, row, column)
-        for kind, outline in enumerate(APPEARANCES.values()):
-            mine = factors["appearance"] == kind
-            across, down = torch.broadcast_tensors(x[mine, :, None, :], y[mine, :, :, None])
-            distance[mine] = outline(across, down)
+        outlines = [*APPEARANCES.values()]
+        distance = torch.stack([
+            outlines[kind](across[:, None, :], down[:, :, None])  # (T, row, column)
+            for kind, across, down in zip(factors["appearance"].tolist(), x, y)
+        ])
         return 255.0 * self.cover(distance * self.RADIUS)
 
 
@@ -182,7 +174,7 @@ class Dives(World):
         orientation, side, size = nuisances[:, 8:].T[..., None]  # (B, 1) each
         pairs = nuisances[:, :8].reshape(-1, 4, 2) - 0.5
         place, drift, corner, camera = torch.view_as_complex(pairs).T[..., None]
-        time = torch.arange(self.frames, device=self.device)
+        time = torch.arange(self.frames)
         flown = time / max(1, self.frames - 1)  # share of the flight (T)
 
         # Points of the plane are complex numbers x + iy; those of the figure start at its hip.
@@ -195,14 +187,14 @@ class Dives(World):
 
         # The position is entered in the first quarter of the flight and left in the last.
         folded = (2 - (4 * flown - 2).abs()).clamp(0, 1)
-        folds = torch.tensor(self.FOLDS, device=self.device)[factors["position"]]
+        folds = torch.tensor(self.FOLDS)[factors["position"]]
         thigh, bend = folds.T[..., None] * folded  # (B, T)
         shin = thigh - bend
         knee = 5 * (front * thigh.sin() - up * thigh.cos())
         foot = knee + 5 * (front * shin.sin() - up * shin.cos())
         head = 8 * up + 1.5 * front
 
-        suits = torch.tensor(self.SUITS, device=self.device)[factors["appearance"]]
+        suits = torch.tensor(self.SUITS)[factors["appearance"]]
         legs, torso, ground = suits.T[..., None, None, None]  # (B, 1, 1, 1)
         parts = [  # from, to, radius, brightness
             (0 * up, knee, 2.0, legs),
@@ -224,14 +216,13 @@ class Dives(World):
     def texture(self, corner):
         """Waves that meet at the edges of the world, -3 to 3: [B, T, size, size]."""
         x, y = (2 * torch.pi / SIDE * offset for offset in self.offsets(corner))  # (B, T, size)
-        waves = 0
-        for across, down in self.WAVES:
-            columns = (across * x).sin()
-            rows = (down * y).cos()
-            waves = waves + columns[:, :, None] * rows[..., None]
-        return waves
+        return sum(
+            (across * x).sin()[:, :, None] * (down * y).cos()[..., None]
+            for across, down in self.WAVES
+        )
 
 
+@dataclass
 class Blobs:
     """The paper's generated clips: a disc on a noisy background moves to the border and stops.
 
@@ -248,9 +239,8 @@ class Blobs:
         (0, 4), (-3, 3), (-4, 0), (-3, -3),
     )
 
-    def __init__(self, first=42, directions=True):
-        self.first = first  # seed of clip 0
-        self.directions = directions  # False: training clips
+    first: int = 42  # seed of clip 0
+    directions: bool = True  # False: training clips
 
     def video(self, item):
         """uint8 [3, 32, 160, 160] and the label, the place of its move in MOVES, or None."""
@@ -259,21 +249,17 @@ class Blobs:
         noise = draw.integers(0, 30, (self.FRAMES, self.SIZE, self.SIZE, 1))
         colour = draw.integers(120, 256, 3, dtype=np.uint8)
         radius = draw.integers(10, 40)
-        start = [draw.integers(radius, self.SIZE - radius) for _ in "xy"]
+        start = draw.integers(radius, self.SIZE - radius, 2)
         if self.directions:
             label = int(item) % len(self.MOVES)
             move = self.MOVES[label]
         else:
             label = None
-            move = draw.integers(-4, 5), draw.integers(-4, 5)
+            move = draw.integers(-4, 5, 2)
 
         time = np.arange(self.FRAMES)[:, None]
-        x, y = (
-            (begin + step * time).clip(radius, self.SIZE - 1 - radius)  # (T, 1) each
-            for begin, step in zip(start, move)
-        )
-        pixel = np.arange(self.SIZE)
-        across, down = (pixel - x) ** 2, (pixel - y) ** 2  # (T, 160) each
+        centre = (start + time * move).clip(radius, self.SIZE - 1 - radius)  # (T, 2)
+        across, down = (np.arange(self.SIZE) - centre.T[..., None]) ** 2  # (T, 160) each
         disc = across[:, None, :] + down[:, :, None] <= radius ** 2  # (T, row, column)
         frames = np.where(disc[..., None], colour, (background + noise).astype(np.uint8))
         return torch.from_numpy(frames).permute(3, 0, 1, 2), label

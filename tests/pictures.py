@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import probe
 from data import command, write_file
-from model import normalise, token_grid
-from objectives import Masking, motion_map, sample_masks
+from model import token_grid
+from objectives import Masking, draw_masks
 from probe import HELD_OUT, last_level
 from synthetic import DIRECTIONS, WORLDS
 
@@ -96,9 +96,8 @@ def clip_pictures(frozen, untrained, clips, masking):
     patch, tubelet = frozen.encoder.patch, frozen.encoder.tubelet
     grid = token_grid(*clips.shape[2:], patch, tubelet)
     frames = clips[:, :, ::tubelet].transpose(1, 2) / 255  # (B, t, 3, H, W)
-    motion = motion_map(normalise(clips), grid) if masking.motion_strength else None
     generator = torch.Generator().manual_seed(0)
-    masks = sample_masks(len(clips), grid, masking, generator, motion)
+    masks = draw_masks(clips, generator, generator, grid, masking)
     colours = []
     for each in (frozen, untrained):
         tokens = torch.cat([last_level(each.encoder, clip.unsqueeze(0)) for clip in clips])

@@ -1376,7 +1376,7 @@ def test_check_says_in_a_line_why_it_ends(tmp_path, monkeypatch, capsys):
     )
     with pytest.raises(SystemExit, match="2"):
         data.main(["--check", str(tmp_path), "--workers", "0"])
-    assert capsys.readouterr().err.endswith("error: argument --workers: 0 is less than 1\n")
+    assert capsys.readouterr().err.endswith("error: argument --workers: 0 is not from 1 to 999999999\n")
     monkeypatch.setattr(data, "inspect", interrupted)
     touch(tmp_path, "a.mp4")
     assert data.main(["--check", str(tmp_path)]) == 130
@@ -1494,7 +1494,7 @@ def test_what_is_there_already_is_refused_before_the_work(tmp_path, monkeypatch,
 @pytest.mark.parametrize("flags, sentence", [
     ([], "one of the arguments --check --write is required"),
     (["--write"], "argument --write: expected one argument"),
-    (["--write", "out", "--count", "0"], "argument --count: 0 is less than 1"),
+    (["--write", "out", "--count", "0"], "argument --count: 0 is not from 1 to 999999999"),
     (["--write", "out", "--count", "big"], "argument --count: invalid int value: 'big'"),
     (["--write", "out", "--cuont", "3"], "unrecognized arguments: --cuont 3"),
 ])

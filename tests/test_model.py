@@ -1,6 +1,8 @@
-"""The networks against METHOD.md section 2: sizes, rotary positions, both forward passes, initial weights.
+"""The networks against METHOD.md section 2: sizes, rotary positions, both forward passes, initial
+weights.
 
-The `naive_...` functions share no code with model.py: they handle one token and one head at a time, in float64.
+The `naive_...` functions share no code with model.py: they handle one token and one head at a time,
+in float64.
 """
 import itertools
 import math
@@ -13,36 +15,45 @@ from model import SIZES, Encoder, Predictor, Rotary, Size, level_normalise, rota
 
 GRIDS = [(4, 3, 5), (3, 5, 4), (2, 1, 3), (3, 4, 1), (1, 2, 2)]
 PATCH, TUBELET = 3, 2
-# Heads of 14 channels: 4 + 4 + 4 turn and 2 are left over. Eight blocks, so that not every block is a level.
+# Heads of 14 channels: 4 + 4 + 4 turn and 2 are left over. Eight blocks, so that not every block is
+# a level.
 SMALL = Size(width=28, depth=8, heads=2, predictor_width=32, predictor_depth=2, predictor_heads=2)
 
 
 def cells_of(grid):
-    """Every (time, row, column) in raster order, time slowest: a token's id is its place in this list."""
+    """Every (time, row, column) in raster order, time slowest: a token's id is its place in this
+    list."""
     return list(itertools.product(*map(range, grid)))
 
 
 def random_tokens(batch, count, grid, generator):
     """Token ids [batch, count]: for each clip another random subset, in no order."""
-    return torch.stack([torch.randperm(math.prod(grid), generator=generator)[:count] for _ in range(batch)])
+    return torch.stack(
+        [torch.randperm(math.prod(grid), generator=generator)[:count] for _ in range(batch)]
+    )
 
 
 def random_clips(batch, grid, generator, dtype=torch.float64):
     t, h, w = grid
-    return torch.randn(batch, 3, t * TUBELET, h * PATCH, w * PATCH, generator=generator, dtype=dtype)
+    return torch.randn(
+        batch, 3, t * TUBELET, h * PATCH, w * PATCH, generator=generator, dtype=dtype
+    )
 
 
 def with_random_parameters(network, generator):
-    """Fresh networks have zero biases and norms of one; random values show whether each of them is used rightly."""
+    """Fresh networks have zero biases and norms of one; random values show whether each of them is
+    used rightly."""
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             is_matrix = name.endswith("weight") and parameter.dim() > 1
-            parameter.copy_(noise / math.sqrt(parameter[0].numel()) if is_matrix else 0.5 + 0.3 * noise)
+            parameter.copy_(
+                noise / math.sqrt(parameter[0].numel()) if is_matrix else 0.5 + 0.3 * noise
+            )
     return network
 
 
-# ---------------------------------------------------------------------------------------------------------- sizes
+# -------------------------------------------------------------------------------------------- sizes
 
 
 def count_parameters(network):
@@ -55,7 +66,9 @@ def test_parameter_counts_are_those_of_the_study():
         assert count_parameters(Predictor(SIZES["vit_base"])) == 10_455_040
 
 
-@pytest.mark.parametrize("depth, levels", [(12, [2, 5, 8, 11]), (24, [5, 11, 17, 23]), (4, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    "depth, levels", [(12, [2, 5, 8, 11]), (24, [5, 11, 17, 23]), (4, [0, 1, 2, 3])]
+)
 def test_levels_are_four_evenly_spaced_blocks(depth, levels):
     assert Encoder(Size(width=12, depth=depth, heads=1), PATCH, TUBELET).levels == levels
 
@@ -72,7 +85,7 @@ def test_token_grid_names_what_does_not_divide(frames, height, width, complaint)
         token_grid(frames, height, width, patch=16, tubelet=2)
 
 
-# --------------------------------------------------------------------------------------------------------- rotary
+# ------------------------------------------------------------------------------------------- rotary
 
 
 def naive_rotate(vector, cell, grid):
@@ -101,7 +114,9 @@ def test_rotation_equals_the_naive_one(head_dim, grid):
     turned = rotate(x, Rotary(head_dim)(tokens, grid))
     cells = cells_of(grid)
     for clip, head, i in itertools.product(*map(range, x.shape[:3])):
-        expected = torch.tensor(naive_rotate(x[clip, head, i], cells[tokens[clip, i]], grid), dtype=torch.float64)
+        expected = torch.tensor(
+            naive_rotate(x[clip, head, i], cells[tokens[clip, i]], grid), dtype=torch.float64
+        )
         # Angles of up to 15 are float32, hence known to about 1e-6.
         torch.testing.assert_close(turned[clip, head, i], expected, rtol=0, atol=5e-6)
 
@@ -143,11 +158,15 @@ def test_every_crop_spans_the_same_rows_and_columns_but_time_counts_steps():
         return torch.cat(rotary(torch.tensor([[cells_of(grid).index(cell)]]), grid))
 
     small, large = (3, 4, 6), (5, 14, 16)
-    torch.testing.assert_close(turn((2, 3, 5), small), turn((2, 13, 15), large))  # last row, last column
-    assert not torch.allclose(turn((2, 3, 5), small), turn((4, 13, 15), large))  # last, but later, step
+    torch.testing.assert_close(
+        turn((2, 3, 5), small), turn((2, 13, 15), large)
+    )  # last row, last column
+    assert not torch.allclose(
+        turn((2, 3, 5), small), turn((4, 13, 15), large)
+    )  # last, but later, step
 
 
-# -------------------------------------------------------------------------------------------------- naive networks
+# ----------------------------------------------------------------------------------- naive networks
 
 
 def naive_layer_norm(x, weight=1.0, bias=0.0, epsilon=1e-6):
@@ -163,7 +182,9 @@ class Parameters:
     """A network's parameters as float64 arrays by name, and the two layers that have some."""
 
     def __init__(self, network):
-        self.arrays = {name: array.detach().double().numpy() for name, array in network.named_parameters()}
+        self.arrays = {
+            name: array.detach().double().numpy() for name, array in network.named_parameters()
+        }
 
     def linear(self, name, x):
         return x @ self.arrays[f"{name}.weight"].T + self.arrays[f"{name}.bias"]
@@ -174,20 +195,29 @@ class Parameters:
 
 def naive_attention(queries, keys, values, cells, grid):
     """One head over all tokens of one clip, [n, head_dim] each."""
-    turned_queries = np.array([naive_rotate(query, cell, grid) for query, cell in zip(queries, cells)])
+    turned_queries = np.array(
+        [naive_rotate(query, cell, grid) for query, cell in zip(queries, cells)]
+    )
     turned_keys = np.array([naive_rotate(key, cell, grid) for key, cell in zip(keys, cells)])
     outputs = []
     for query in turned_queries:
         likeness = np.exp([query @ key / math.sqrt(len(query)) for key in turned_keys])
-        outputs.append(sum(weight * value for weight, value in zip(likeness / likeness.sum(), values)))
+        outputs.append(
+            sum(weight * value for weight, value in zip(likeness / likeness.sum(), values))
+        )
     return np.array(outputs)
 
 
 def naive_block(parameters, name, x, heads, cells, grid):
-    """Pre-norm attention and MLP, both added to x [n, width]; qkv holds all queries, then keys, then values."""
-    queries, keys, values = np.split(parameters.linear(f"{name}.attn.qkv", parameters.norm(f"{name}.norm1", x)), 3, 1)
-    attended = [naive_attention(*head, cells, grid)
-                for head in zip(*(np.split(part, heads, axis=1) for part in (queries, keys, values)))]
+    """Pre-norm attention and MLP, both added to x [n, width]; qkv holds all queries, then keys,
+    then values."""
+    queries, keys, values = np.split(
+        parameters.linear(f"{name}.attn.qkv", parameters.norm(f"{name}.norm1", x)), 3, 1
+    )
+    attended = [
+        naive_attention(*head, cells, grid)
+        for head in zip(*(np.split(part, heads, axis=1) for part in (queries, keys, values)))
+    ]
     x = x + parameters.linear(f"{name}.attn.proj", np.concatenate(attended, axis=1))
     hidden = naive_gelu(parameters.linear(f"{name}.mlp.fc1", parameters.norm(f"{name}.norm2", x)))
     return x + parameters.linear(f"{name}.mlp.fc2", hidden)
@@ -212,7 +242,8 @@ def naive_encoder(encoder, size, clip, tokens, grid):
 
 
 def naive_predictor(predictor, size, z, visible, masked, grid):
-    """One clip: z [n, 4D], token ids in two lists -> p [k, 4D], c [n, 4D]. Mask tokens come first here."""
+    """One clip: z [n, 4D], token ids in two lists -> p [k, 4D], c [n, 4D]. Mask tokens come first
+    here."""
     parameters = Parameters(predictor)
     cells = [cells_of(grid)[token] for token in masked + visible]
     context = parameters.linear("embed.2", naive_gelu(parameters.linear("embed.0", z.numpy())))
@@ -221,18 +252,25 @@ def naive_predictor(predictor, size, z, visible, masked, grid):
     for i in range(size.predictor_depth):
         x = naive_block(parameters, f"blocks.{i}", x, size.predictor_heads, cells, grid)
     x = parameters.norm("norm", x)
-    p, c = parameters.linear("to_masked", x[:len(masked)]), parameters.linear("to_visible", x[len(masked):])
+    p, c = (
+        parameters.linear("to_masked", x[: len(masked)]),
+        parameters.linear("to_visible", x[len(masked) :]),
+    )
     return torch.from_numpy(p), torch.from_numpy(c)
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    return with_random_parameters(Encoder(SMALL, PATCH, TUBELET).double(), torch.Generator().manual_seed(3)).eval()
+    return with_random_parameters(
+        Encoder(SMALL, PATCH, TUBELET).double(), torch.Generator().manual_seed(3)
+    ).eval()
 
 
 @pytest.fixture(scope="module")
 def predictor():
-    return with_random_parameters(Predictor(SMALL).double(), torch.Generator().manual_seed(4)).eval()
+    return with_random_parameters(
+        Predictor(SMALL).double(), torch.Generator().manual_seed(4)
+    ).eval()
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -244,7 +282,9 @@ def test_encoder_equals_the_naive_one(encoder, grid):
     features = encoder(clips, visible)
     for clip, tokens, result in zip(clips, visible.tolist(), features):
         expected = naive_encoder(encoder, SMALL, clip, tokens, grid)
-        torch.testing.assert_close(result, expected, rtol=0, atol=5e-6)  # the rotary angles are float32
+        torch.testing.assert_close(
+            result, expected, rtol=0, atol=5e-6
+        )  # the rotary angles are float32
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -256,11 +296,13 @@ def test_predictor_equals_the_naive_one(predictor, grid):
     z = torch.randn(2, 3, 4 * SMALL.width, generator=generator, dtype=torch.float64)
     p, c = predictor(z, visible, masked, grid)
     for i in range(2):
-        expected = naive_predictor(predictor, SMALL, z[i], visible[i].tolist(), masked[i].tolist(), grid)
+        expected = naive_predictor(
+            predictor, SMALL, z[i], visible[i].tolist(), masked[i].tolist(), grid
+        )
         torch.testing.assert_close((p[i], c[i]), expected, rtol=0, atol=5e-6)
 
 
-# ------------------------------------------------------------------------------------------------ laws of networks
+# --------------------------------------------------------------------------------- laws of networks
 
 
 @torch.no_grad()
@@ -295,9 +337,14 @@ def test_order_of_predicted_tokens_carries_no_meaning(predictor):
     tokens = random_tokens(2, 20, grid, generator)
     visible, masked = tokens[:, :8], tokens[:, 8:]
     z = torch.randn(2, 8, 4 * SMALL.width, generator=generator, dtype=torch.float64)
-    visible_order, masked_order = torch.randperm(8, generator=generator), torch.randperm(12, generator=generator)
+    visible_order, masked_order = (
+        torch.randperm(8, generator=generator),
+        torch.randperm(12, generator=generator),
+    )
     p, c = predictor(z, visible, masked, grid)
-    p_again, c_again = predictor(z[:, visible_order], visible[:, visible_order], masked[:, masked_order], grid)
+    p_again, c_again = predictor(
+        z[:, visible_order], visible[:, visible_order], masked[:, masked_order], grid
+    )
     torch.testing.assert_close(p_again, p[:, masked_order])
     torch.testing.assert_close(c_again, c[:, visible_order])
 
@@ -327,12 +374,16 @@ def test_networks_take_any_grid(grid, batch):
     assert z.shape == c.shape == (batch, math.prod(grid) - 1, 4 * SMALL.width)
     assert p.shape == (batch, 1, 4 * SMALL.width)
     (p.square().mean() + c.square().mean()).backward()
-    for name, parameter in itertools.chain(encoder.named_parameters(), predictor.named_parameters()):
+    for name, parameter in itertools.chain(
+        encoder.named_parameters(), predictor.named_parameters()
+    ):
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
 def test_level_normalise_equals_the_naive_one():
-    features = 3 + 2 * torch.randn(2, 5, 4 * 6, generator=torch.Generator().manual_seed(12), dtype=torch.float64)
+    features = 3 + 2 * torch.randn(
+        2, 5, 4 * 6, generator=torch.Generator().manual_seed(12), dtype=torch.float64
+    )
     expected = features.clone()
     for clip, token, level in itertools.product(range(2), range(5), range(4)):
         one_level = features[clip, token, 6 * level:6 * level + 6].numpy()
@@ -342,14 +393,16 @@ def test_level_normalise_equals_the_naive_one():
     torch.testing.assert_close(level_normalise(features), expected, rtol=1e-9, atol=1e-9)
 
 
-# -------------------------------------------------------------------------------------------------- initial weights
+# ---------------------------------------------------------------------------------- initial weights
 
 
 @pytest.fixture(scope="module")
 def fresh_networks():
     """Wide enough that the spread of one weight matrix is known to 1%."""
     torch.manual_seed(13)
-    size = Size(width=128, depth=4, heads=2, predictor_width=96, predictor_depth=3, predictor_heads=2)
+    size = Size(
+        width=128, depth=4, heads=2, predictor_width=96, predictor_depth=3, predictor_heads=2
+    )
     return Encoder(size, patch=8, tubelet=2), Predictor(size)
 
 

@@ -6,8 +6,7 @@ from PIL import Image, ImageColor
 
 import data
 import pictures
-from model import normalise
-from objectives import OBJECTIVES, motion_map, sample_masks
+from objectives import OBJECTIVES, draw_masks
 from synthetic import Shapes
 from test_probe import make_checkpoint, make_frozen, naive_features, quick_blobs  # noqa: F401
 
@@ -44,10 +43,8 @@ def test_pictures_show_the_frames_both_masks_and_features(tmp_path, objective):
     for cells, small in zip(large, (masks, features)):
         assert torch.equal(cells, small.repeat_interleave(2, -2).repeat_interleave(2, -1))
         torch.testing.assert_close(small[:, 0], frames, rtol=0, atol=1 / 255)
-    motion = motion_map(normalise(clips), grid) if masking.motion_strength else None
-    drawn = sample_masks(
-        4, grid, masking, torch.Generator().manual_seed(0), motion
-    )  # as a batch is cut
+    generator = torch.Generator().manual_seed(0)
+    drawn = draw_masks(clips, generator, generator, grid, masking)  # as a batch is cut
     tint = 0.25 * frames + 0.75 * torch.tensor([1.0, 0.45, 0.0]).view(3, 1, 1)
     for shown, (visible, _) in zip(masks[:, 1:].unbind(1), drawn):
         plain, tinted = (

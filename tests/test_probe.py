@@ -921,7 +921,7 @@ class Harm:
         return os.mkdir, (self.path,)
 
 
-NO_FILE = "is not a file of torch.save, or was cut short"
+NO_FILE = "is damaged, cut short, or not a file of tensors that torch.save wrote"
 
 
 @pytest.fixture(scope="module")
@@ -944,14 +944,14 @@ def test_a_file_of_anything_else_gives_one_sentence_and_runs_no_code(
         (b"hello", NO_FILE),
         (b"", NO_FILE),
         (pickle.dumps(harm, 2), NO_FILE),
-        (b'\x40\0\0\0\0\0\0\0{"a":{"dtype":"F32"', "is a safetensors file"),
+        (b'\x40\0\0\0\0\0\0\0{"a":{"dtype":"F32"', NO_FILE),
         (
             whole[:half] + bytes([whole[half] ^ 16]) + whole[half + 1 :],
-            "is damaged: the checksum of its part",
+            NO_FILE,
         ),
-        ({"encoder": harm}, "holds other objects than tensors"),
+        ({"encoder": harm}, NO_FILE),
         ({"model": {"x": torch.zeros(2)}}, foreign),
-        (None, "there is no file"),
+        (None, "No such file or directory"),
     ]
     for content, sentence in cases:
         path.unlink(missing_ok=True)
@@ -1092,11 +1092,11 @@ def test_foreign_weights_give_the_same_outputs_and_the_averaged_ones_come_first(
             lambda weights: weights.update(
                 {"patch_embed.proj.weight": torch.zeros(1408, 3, 2, 16, 16)}
             ),
-            ["of a known size"],
+            ["of a width in", "1408"],
         ),
         (
             lambda weights: weights.pop("patch_embed.proj.weight"),
-            ["patch_embed.proj.weight should be"],
+            ["not an encoder of V-JEPA 2.1"],
         ),
     ],
 )

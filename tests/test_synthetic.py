@@ -63,7 +63,7 @@ def test_the_place_in_one_frame_is_uniform_whatever_the_direction():
     source, count = Shapes(8, 16, seed=1), 3200
     directions = source.factors(range(count))["direction"].numpy()
     clips = source.clips(range(count))[:, 0]
-    for frame in (0, 3, 7):
+    for frame in (0, 7):
         centres = brightness_centre(clips[:, frame])
         places = (centres / (2 * np.pi) * 4).astype(int) % 4  # a 4x4 chessboard
         counts = np.zeros((8, 4, 4))
@@ -80,9 +80,9 @@ def nearest_neighbour_accuracy(features, labels, train):
 
 def test_a_classifier_reads_direction_from_two_frames_but_not_from_one():
     source = Shapes(2, 16, seed=2)
-    clips, labels = source.clips(range(6000))[:, 0], source.factors(range(6000))["direction"]
-    one = nearest_neighbour_accuracy(clips[:, 0].flatten(1).float(), labels, 5000)
-    two = nearest_neighbour_accuracy(clips.flatten(1).float(), labels, 5000)
+    clips, labels = source.clips(range(4000))[:, 0], source.factors(range(4000))["direction"]
+    one = nearest_neighbour_accuracy(clips[:, 0].flatten(1).float(), labels, 3000)
+    two = nearest_neighbour_accuracy(clips.flatten(1).float(), labels, 3000)
     assert abs(one - 12.5) < 4.2  # chance, within four standard deviations of 1,000 answers
     assert two > 40
 
@@ -110,7 +110,7 @@ def test_appearances_are_told_apart_by_nearest_neighbour():
     assert len(APPEARANCES) == Shapes.classes["appearance"]
 
 
-# ------------------------------------------------------------------------------------------- dives
+# -------------------------------------------------------------------------------------------- dives
 
 
 def all_dives(appearance=0):
@@ -141,20 +141,20 @@ def test_any_frame_of_a_dive_is_a_frame_of_the_dives_of_its_position(frames):
 
 def test_probes_of_one_frame_are_at_chance_in_what_is_motion_and_see_the_position():
     """Linear, by least squares on pixels, and attentive, on tokens of an untrained encoder."""
-    source, count, train = Dives(8, 16, seed=3), 1800, 1200
+    source, count, train = Dives(8, 16, seed=3), 1200, 800
     factors = source.factors(range(count))
     frames = source.clips(range(count))[:, :, 4:5]  # (n, 3, 1, 16, 16)
     pixels = torch.cat((frames[:, 0].flatten(1) / 255, torch.ones(count, 1)), dim=1)
     torch.manual_seed(0)
-    encoder = Encoder(Size(128, 2, 4), patch=4, tubelet=2)
-    tokens = probe.last_level(encoder, frames.repeat(1, 1, 2, 1, 1))  # (n, 16, 64)
+    encoder = Encoder(Size(64, 2, 2), patch=8, tubelet=2)
+    tokens = probe.last_level(encoder, frames.repeat(1, 1, 2, 1, 1))  # (n, 4, 64)
 
+    ridge = pixels[:train].T @ pixels[:train] + torch.eye(pixels.shape[1])
+    answers = pixels[train:] @ torch.linalg.solve(ridge, pixels[:train].T)  # (n, train)
     for name in ("sense", "turns", "twist", "position"):
         labels, chance = factors[name], 1 / Dives.classes[name]
         one_hot = torch.nn.functional.one_hot(labels[:train]).float()
-        ridge = pixels[:train].T @ pixels[:train] + torch.eye(pixels.shape[1])
-        scores = pixels[train:] @ torch.linalg.solve(ridge, pixels[:train].T @ one_hot)
-        linear = 100 * (scores.argmax(1) == labels[train:]).double().mean().item()
+        linear = 100 * ((answers @ one_hot).argmax(1) == labels[train:]).double().mean().item()
         sets = [probe.Labelled(tokens[rows], labels[rows])
                 for rows in (slice(train), slice(train, None))]
         attentive, = probe.accuracies(probe.FEW, *sets, [0], "cpu")
@@ -186,7 +186,7 @@ def test_orientation_tracked_over_the_clip_tells_sense_and_turns():
     assert (changes == factors["twist"])[straight].all() and straight.sum() > 10
 
 
-# ------------------------------------------------------------------------------------------- blobs
+# -------------------------------------------------------------------------------------------- blobs
 
 
 def naive_blob(seed, move=None):
@@ -215,7 +215,7 @@ def naive_blob(seed, move=None):
 
 def test_blobs_are_the_papers_own_clips():
     moves = [(0, -4), (3, -3), (4, 0), (3, 3), (0, 4), (-3, 3), (-4, 0), (-3, -3)]
-    for item in (0, 5, 13):
+    for item in (0, 13):
         clip, label = Blobs().video(item)
         assert label == item % 8 and clip.shape == (3, 32, 160, 160) and clip.dtype == torch.uint8
         assert (clip.permute(1, 2, 3, 0).numpy() == naive_blob(42 + item, moves[item % 8])).all()
