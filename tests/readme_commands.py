@@ -73,7 +73,9 @@ def run(call):
         arguments = arguments[1:]  # one process instead of several: test_train.py starts torchrun
     script, *flags = arguments
     module = importlib.import_module(Path(script).stem)
+    flags = [str(HERE.parent) if flag == "OTHER" else flag for flag in flags]
     short = {"data": ["--count", "16"] if "--write" in flags else [],
+             "beside": ["--only", "wrong flag", "--rounds", "1"],
              "pictures": ["--clips", "600"], "benchmark": BENCHMARK,
              "probe": ["--probe-epochs", "1", "--clips", "192", "--workers", "0", "--seeds", "2"],
              "train": STEPS,
@@ -90,7 +92,8 @@ def run(call):
     if "--with" in flags:
         line = [sys.executable, str(HERE.parent / script), *flags, *short]
         return subprocess.run(line).returncode
-    if {"--list", "--help", "--gradients", "--table", "--answer", "--agree", "--compare"} & set(flags):
+    prints = {"--list", "--help", "--gradients", "--table", "--answer", "--agree", "--compare"}
+    if prints & {*flags}:
         short = []
     status = module.main(flags + short)
     if status == 1 and module is train:  # an earlier line ran it with the same folder
@@ -113,9 +116,10 @@ def main():
         for run_folder in ("A", "B"):
             train.main([*STEPS, "--out", run_folder])
         torch.save({"encoder": foreign(Encoder(SIZES["tiny"], 8, 2))}, "vjepa2_1.pt")
-        (folder / "mine.py").write_text("\n".join(re.findall(r"```python\n(import sys.*?)```", readme, re.S))
-                                        .replace("if __name__", "if False and __name__")
-                                        + "\n".join(re.findall(r"```python\n(TERMS.*?)```", readme, re.S)))
+        first, = re.findall(r"```python\n(import sys.*?)```", readme, re.S)
+        second, = re.findall(r"```python\n(TERMS.*?)```", readme, re.S)
+        first = first.replace("if __name__", "if False and __name__")
+        (folder / "mine.py").write_text(first + second)
         wrong = []
         for call in calls:
             began = time.perf_counter()
