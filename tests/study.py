@@ -21,8 +21,8 @@
 
 A sweep takes every flag of train.py but --seed and --resume. Each run is a process of its own,
 with one thread on a CPU; its line of results.jsonl holds its name, flags, seed, commit, machine,
-what the probes found (a list for each draw of few labels) and what was logged. The objective
-`untrained` is random weights.
+what the probes found at its end (a list for each draw of few labels) and along it, and what was
+logged. The objective `untrained` is random weights.
 """
 import argparse
 import csv
@@ -57,18 +57,23 @@ from synthetic import WORLDS
 # ------------------------------------------------------------------------------------ a sweep
 
 
+HEAD_STEPS = probe.FEW.steps
+
+
 def config_of(flags):
     """The Config of a run; that of `untrained` is the baseline's."""
     named = "--objective=untrained", "--objective=baseline"
     return train.parse([flag.replace(*named) for flag in flags])[0]
 
 
-def one_run(flags, shots, fresh=False):
+def one_run(flags, shots, fresh=False, head_steps=HEAD_STEPS):
     """Train as train.py would, probe the encoder, and write study.json into the run folder.
     Returns the exit status. fresh: the probes' clips and draws of labels are this seed's own, so
-    that what varies over seeds includes them."""
-    config, weights, logged = config_of(flags), None, {}
+    that what varies over seeds includes them. head_steps: of the heads that learn few labels."""
+    config, weights, logged, along = config_of(flags), None, {}, []
     folder, settings = Path(config.out), asdict(config)
+    probe.FEW = probe.FEW._replace(steps=head_steps)
+    probe.ALONG_TRAIN, probe.ALONG_TEST = 2304, 768  # a curve is the mean of few seeds
     if "--objective=untrained" in flags:
         folder.mkdir(parents=True, exist_ok=True)
     else:
@@ -77,6 +82,9 @@ def one_run(flags, shots, fresh=False):
         checkpoint = probe.load_checkpoint(folder / "last.pt")
         weights = checkpoint[checkpoint["evaluated"]]
         logged = logged_numbers(folder / "metrics.csv")
+        if config.probe_every:
+            lines = csv.DictReader((folder / "probes.csv").read_text().splitlines())
+            along = [{name: float(value) for name, value in line.items()} for line in lines]
 
     encoder, numbers = probe.make_encoder(settings, weights), {}
     if config.preset == "blobs":
@@ -98,10 +106,12 @@ def one_run(flags, shots, fresh=False):
                if value != getattr(train.Config, name) and name not in fixed}
     if fresh:
         changed["fresh"] = True
+    if head_steps != HEAD_STEPS:
+        changed["head_steps"] = head_steps
     name = folder.name.rpartition("-seed")[0]
     write_json(folder / "study.json", {
         "name": name, "seed": config.seed, "flags": changed, "commit": commit,
-        "machine": machine(), "numbers": numbers | logged})
+        "machine": machine(), "numbers": numbers | logged, "along": along})
     return 0
 
 
@@ -180,6 +190,7 @@ def sweep(flags, train_flags):
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if on_cpu else {})
     child = [sys.executable, __file__, f"--with={flags.own}",
              f"--shots={','.join(map(str, flags.shots))}"]
+    child.append(f"--head-steps={flags.head_steps}")
     if flags.fresh:
         child.append("--fresh")
     child.append("--child")
@@ -473,34 +484,41 @@ def difference_table(table, reference, titles, label, only):
     markdown(titles.values(), rows)
 
 
+# The primary comparisons, and the secondary ones; controls are those of tests/controls.py.
 PRIMARY = (("fwm_hw_ld", "hw_ld"), ("fwm_hw_ld", "baseline"))
-SECONDARY = (("fwm_ld", "ld"), ("fac", "ac"), ("ld", "baseline"))
+SECONDARY = (("fwm_hw_ld", "hw_ld_deep"), ("fwm_ld", "ld"), ("fwm_ld", "ld_deep"), ("fac", "ac"),
+             ("ld", "baseline"), ("ld", "ld_other_clip"), ("baseline", "untrained"))
 
 
 def confirm(paths):
-    """Print the comparisons of the confirmation: in all motion together and in appearance, at 5
-    labels. The primary ones by exact sign flips over seeds, Holm over all; the secondary ones
-    uncorrected."""
-    table = read_results(*paths)
+    """Print the comparisons of the confirmation: in all motion together and in appearance. Primary
+    are two of them at 5 labels, by exact sign flips over seeds, Holm over all; everything else is
+    secondary, and uncorrected. An arm's name ends before its settings."""
+    table = {name.partition("-")[0]: runs for name, runs in read_results(*paths).items()}
     there = columns_of(table)
-    together = [f"5 {[*world.classes][-1]}" for world in WORLDS.values()]
-    columns = [column for column in (*together, "5 appearance") if column in there]
-    print("Difference in points at 5 labels per class: mean ± half the 95 % interval over "
-          "training seeds\n(Student's t, not corrected); p: exact sign flips over seeds\n")
-    for about, pairs in (("primary", PRIMARY), ("secondary", SECONDARY)):
-        rows = {}
-        for (name, reference), column in itertools.product(pairs, columns):
-            if about == "primary" or {name, reference} <= {*table}:
-                values = differences(table, reference, [column], name)[name, column]
-                rows[f"{name} - {reference}, {column.split()[1]}"] = values
-        p_values = {row: sign_flip_p(values) for row, values in rows.items()}
-        for row, values in rows.items():
+    factors = [*([*world.classes][-1] for world in WORLDS.values()), "appearance"]
+    asked, rest = [], []
+    for kind, pairs in itertools.product(("5", "20", "linear"), (PRIMARY, SECONDARY)):
+        rows = asked if kind == "5" and pairs == PRIMARY else rest
+        columns = [f"{kind} {factor}" for factor in factors if f"{kind} {factor}" in there]
+        rows += [(*pair, column) for pair in pairs for column in columns
+                 if rows is asked or {*pair} <= {*table}]
+
+    print("Difference in points: mean ± half the 95 % interval over training seeds (Student's t, "
+          "not\ncorrected); p: exact sign flips over seeds\n")
+    for about, rows in (("primary", asked), ("secondary", rest)):
+        changes = {(name, reference, column):
+                   differences(table, reference, [column], name)[name, column]
+                   for name, reference, column in rows}
+        p_values = {row: sign_flip_p(values) for row, values in changes.items()}
+        for row, values in changes.items():
             verdict = "not corrected"
-            if about == "primary":
+            if rows is asked:
                 holds = "stands" if row in holm(p_values) else "does not stand"
                 verdict = f"{holds} (Holm over {len(rows)})"
-            print(f"{about}: {row}: {np.mean(values):+.1f} ± {interval(values):.1f}, "
-                  f"p = {p_values[row]:.2g}, {len(values)} seeds: {verdict}")
+            name, reference, column = row
+            print(f"{about}: {name} - {reference}, {there[column]}: {np.mean(values):+.1f} ± "
+                  f"{interval(values):.1f}, p = {p_values[row]:.2g}, {len(values)} seeds: {verdict}")
 
 
 def answer(paths):
@@ -649,6 +667,8 @@ def parse(arguments):
         help="labels per class of the few-label probes")
     add("--fresh", action="store_true",
         help="each seed is probed on clips and draws of labels of its own")
+    add("--head-steps", type=number(1), default=HEAD_STEPS,
+        help="of the few-label heads [%(default)s]")
     add("--table", nargs="+", metavar="RESULTS")
     add("--reference", help="what the table's differences are from [baseline]")
     add("--rows", type=lambda text: text.split(","), help="of the table; all by default")
@@ -678,7 +698,7 @@ def main(arguments=None):
         spec = importlib.util.spec_from_file_location(Path(flags.own).stem, flags.own)
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     if flags.child:
-        return one_run(flags.child, flags.shots, flags.fresh)
+        return one_run(flags.child, flags.shots, flags.fresh, flags.head_steps)
     if flags.objective:
         return sweep(flags, train_flags)
     if flags.table:

@@ -354,10 +354,12 @@ def test_the_confirmation_is_four_exact_comparisons_and_what_else_there_is(tmp_p
     assert study.main(["--confirm", path]) == 0
     lines = capsys.readouterr().out.splitlines()[3:]
     assert [line.split(":")[:2] for line in lines] == [
-        ["primary", " fwm_hw_ld - hw_ld, motion"], ["primary", " fwm_hw_ld - hw_ld, appearance"],
-        ["primary", " fwm_hw_ld - baseline, motion"],
-        ["primary", " fwm_hw_ld - baseline, appearance"],
-        ["secondary", " ld - baseline, motion"], ["secondary", " ld - baseline, appearance"]]
+        ["primary", " fwm_hw_ld - hw_ld, motion, 5 labels"],
+        ["primary", " fwm_hw_ld - hw_ld, appearance, 5 labels"],
+        ["primary", " fwm_hw_ld - baseline, motion, 5 labels"],
+        ["primary", " fwm_hw_ld - baseline, appearance, 5 labels"],
+        ["secondary", " ld - baseline, motion, 5 labels"],
+        ["secondary", " ld - baseline, appearance, 5 labels"]]
     stands = [line.endswith(": stands (Holm over 4)") for line in lines[:4]]
     assert stands == [False, False, True, False] and "p = 0.0078, 8 seeds" in lines[2]
     assert f"{cell(10 + wobble, 2.3646)}, p" in lines[2]
@@ -581,7 +583,8 @@ def test_a_run_of_a_sweep_is_probed_and_the_untrained_one_has_the_weights_that_a
     flags = [*TINY, "--frames", "4", "--probe-clips", "192", "--seed", "2"]
     run = tmp_path / "untrained-seed2"
     assert (
-        study.main(["--shots", "2", "--child", "--objective=untrained", *flags, f"--out={run}"])
+        study.main(["--head-steps", "1", "--shots", "2", "--child", "--objective=untrained", *flags,
+                    f"--out={run}"])
         == 0
     )
     config, _ = train.parse(flags)
@@ -595,7 +598,7 @@ def test_a_run_of_a_sweep_is_probed_and_the_untrained_one_has_the_weights_that_a
 
     # With --fresh, the clips and the draws of labels are those of the seed.
     monkeypatch.setattr(probe, "HELD_OUT", probe.HELD_OUT)
-    fresh = ["--fresh", "--shots", "1", "--child", "--objective=untrained", *flags]
+    fresh = ["--head-steps", "1", "--fresh", "--shots", "1", "--child", "--objective=untrained", *flags]
     assert study.main([*fresh, f"--out={run}"]) == 0
     worlds = probe.held_out(encoder, vars(config))
     assert [world.seed for world in worlds] == [1_000_003 + 6, 1_000_003 + 7]
