@@ -130,9 +130,9 @@ def discriminant_axes(x, labels):
     return root.T @ torch.linalg.eigh(between).eigenvectors[:, -2:].flip(-1)
 
 
-def plot_points(panels, side=400, edge=60):
+def plot_points(panels, side=400, edge=60, joined=False):
     """An image of panels, {title: {name: (x values, y values)}}, one below the other, each on
-    scales of its own."""
+    scales of its own. joined: a line through the points of a name."""
     image = Image.new("RGB", (side + 5 * edge, len(panels) * (side + 2 * edge)), "white")
     draw = ImageDraw.Draw(image)
     for i, (title, series) in enumerate(panels.items()):
@@ -143,10 +143,13 @@ def plot_points(panels, side=400, edge=60):
         for j, (name, points) in enumerate(series.items()):
             colour = COLOURS[j % len(COLOURS)]
             draw.text((edge + side + 8, top + 16 * j), name, colour)
-            for x, y in zip(*points):
-                x = edge + side * (x - min(all_x)) / (max(all_x) - min(all_x))
-                y = top + side * (max(all_y) - y) / (max(all_y) - min(all_y))
+            places = [(edge + side * (x - min(all_x)) / (max(all_x) - min(all_x)),
+                       top + side * (max(all_y) - y) / (max(all_y) - min(all_y)))
+                      for x, y in zip(*points)]
+            for x, y in places:
                 draw.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
+            if joined:
+                draw.line(places, colour)
     return image
 
 

@@ -10,6 +10,8 @@
         the primary question, and the trade-off
     python tests/study.py --confirm RESULTS
         four comparisons by exact sign flips over seeds, Holm over four
+    python tests/study.py --curves RESULTS
+        accuracy over training steps, printed and drawn
     python tests/study.py --agree A.jsonl B.jsonl
         do two sweeps show the same?
     python tests/study.py --compare A.json B.json
@@ -45,9 +47,10 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import data
 import objectives
+import pictures
 import probe
 import train
 from data import command, number, read_json, write_json
@@ -551,6 +554,40 @@ def answer(paths):
         print(f"{about} {len(chosen)}: {rank_correlation(*pairs):+.2f} [{low:+.2f}, {high:+.2f}]")
 
 
+def curves(path):
+    """Print how the few-label accuracy of each run's encoder goes over its steps, the mean over
+    seeds, and draw it into curves.png beside the results. Raises ValueError where no run was
+    probed along the way, or seeds were at different steps."""
+    found = {}  # {factor: {name: {step: [of each seed]}}}
+    for text in Path(path).read_text().splitlines():
+        line = json.loads(text)
+        for probed in line.get("along", []):
+            step = int(probed.pop("step"))
+            for factor, value in probed.items():
+                name = line["name"].partition("-")[0]
+                steps = found.setdefault(factor, {}).setdefault(name, {})
+                steps.setdefault(step, []).append(value)
+    if not found:
+        raise ValueError(f"{path} holds no accuracies along runs; a sweep with --probe-every "
+                         "makes them")
+
+    panels = {}
+    for factor, names in found.items():
+        means = {name: {step: np.mean(values) for step, values in steps.items()}
+                 for name, steps in names.items()}
+        together = [value for steps in means.values() for value in steps.values()]
+        last = max(max(steps) for steps in means.values())
+        title = (f"{factor}, top-1 % from {min(together):.1f} to {max(together):.1f}, over steps 0 "
+                 f"to {last}")
+        panels[title] = {name: ([*steps], [*steps.values()]) for name, steps in means.items()}
+        print(f"\n{factor}, top-1 % from {probe.LABELS} labels per class, mean over seeds\n")
+        shown = [step for step in next(iter(means.values())) if step % 500 == 0 or step == last]
+        markdown([f"step {step}" for step in shown],
+                 {name: [f"{steps[step]:.1f}" for step in shown] for name, steps in means.items()})
+    pictures.save_image(Path(path).with_name("curves.png"),
+                        pictures.plot_points(panels, joined=True))
+
+
 def agree(first, second):
     """Print how many of the differences that one sweep shows the other shows as well."""
     one, other = (read_results(path) for path in (first, second))
@@ -674,6 +711,7 @@ def parse(arguments):
     add("--rows", type=lambda text: text.split(","), help="of the table; all by default")
     add("--answer", nargs="+", metavar="RESULTS")
     add("--confirm", nargs="+", metavar="RESULTS")
+    add("--curves", metavar="RESULTS")
     add("--agree", nargs=2, metavar="RESULTS")
     add("--compare", nargs="+", metavar="RESULT")
     add("--gradients", action="store_true")
@@ -683,11 +721,11 @@ def parse(arguments):
         parser.error(f"--with takes a Python file, NAME.py, not {flags.own}")
     if others and not flags.objective:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
-    asked = (flags.objective, flags.table, flags.answer, flags.confirm, flags.agree,
-             flags.compare, flags.gradients, flags.child)
+    asked = (flags.objective, flags.table, flags.answer, flags.confirm, flags.curves,
+             flags.agree, flags.compare, flags.gradients, flags.child)
     if not any(asked):
-        parser.error("say what to do: --objective, --table, --answer, --confirm, --agree, "
-                     "--compare or --gradients")
+        parser.error("say what to do: --objective, --table, --answer, --confirm, --curves, "
+                     "--agree, --compare or --gradients")
     return flags, others
 
 
@@ -707,6 +745,8 @@ def main(arguments=None):
         return answer(flags.answer)
     if flags.confirm:
         return confirm(flags.confirm)
+    if flags.curves:
+        return curves(flags.curves)
     if flags.agree:
         return agree(*flags.agree)
     if flags.compare:

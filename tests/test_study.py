@@ -2,6 +2,7 @@
 that goes on."""
 
 import csv
+import importlib
 import itertools
 import json
 import math
@@ -19,11 +20,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import objectives
 import probe
 import study
+import test_objectives as naive
 import train
 from data import write_json
 
@@ -366,6 +369,19 @@ def test_the_confirmation_is_four_exact_comparisons_and_what_else_there_is(tmp_p
     assert all(line.endswith("8 seeds: not corrected") for line in lines[4:])
 
 
+def test_curves_are_means_over_seeds_of_what_the_probes_found_along_the_runs(tmp_path, capsys):
+    lines = [{"name": f"{name}-dives", "seed": seed, "along": [
+        {"step": step, "dive": base + seed + step / 100, "appearance": 50.0 + step}
+        for step in (0, 500, 900)]} for name, base in (("baseline", 4), ("ld", 10)) for seed in (0, 2)]
+    path = tmp_path / "results.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert study.main(["--curves", str(path)]) == 0
+    dive = table_of(capsys.readouterr().out, 0)
+    assert dive["baseline"] == {"step 0": "5.0", "step 500": "10.0", "step 900": "14.0"}
+    assert dive["ld"] == {"step 0": "11.0", "step 500": "16.0", "step 900": "20.0"}
+    assert Image.open(tmp_path / "curves.png").height == 2 * 520  # a panel for each factor
+
+
 @pytest.mark.parametrize("flag", ["--answer", "--agree"])
 def test_results_that_lack_what_a_question_needs_are_one_sentence(tmp_path, capsys, flag):
     path = write_lines(tmp_path / "results.jsonl", {"ld": [1.0, 2.0], "hw": [1.0, 2.0]})
@@ -573,6 +589,39 @@ def test_a_sweep_with_an_objective_of_your_own_goes_on_and_names_what_failed(min
     assert study.main(["--table", "study/results.jsonl"]) == 0
     assert "| mine |" in (output := capfd.readouterr().out)
     assert "over 1 objective; rows of three seeds" in output
+
+
+@pytest.fixture
+def controls(monkeypatch):
+    """tests/controls.py; what it adds to tables is taken out again."""
+    for table in (objectives.TERMS, objectives.HEADS, objectives.OBJECTIVES):
+        for name in ("ld_other_clip", "ld_deep", "hw_ld_deep"):
+            monkeypatch.setitem(table, name, None)
+            del table[name]
+    monkeypatch.delitem(sys.modules, "controls", raising=False)
+    return importlib.import_module("controls")
+
+
+def test_controls_are_ld_with_another_clips_targets_and_fwm_objectives_without_fwm(controls):
+    outputs = naive.make_outputs((4, 3, 3), 3)
+    head = naive.make_head(naive.CHANNELS, 5, naive.CHANNELS)
+    cells, means = naive.cells_of(outputs.grid), []
+    for mask in outputs.masks:
+        errors = []
+        for pair in naive.pairs_of(outputs, mask):
+            time, row, column = pair.cell
+            now, later = (cells.index((each, row, column)) for each in (time, time + 1))
+            h = outputs.h[(pair.clip - 1) % 3]
+            errors.append((head(pair.z) - (h[later] - h[now])).abs().mean())
+        means.append(sum(errors) / len(errors))
+    value = objectives.TERMS["ld_other_clip"](outputs, head)
+    torch.testing.assert_close(value, sum(means) / len(means))
+
+    table = objectives.OBJECTIVES
+    for name, other in (("ld_deep", "fwm_ld"), ("hw_ld_deep", "fwm_hw_ld")):
+        assert table[name].terms | objectives.FWM == table[other].terms
+        heads = [objectives.make_heads(table[each], 8)["ld"] for each in (name, other)]
+        assert str(heads[0]) == str(heads[1])
 
 
 def test_a_run_of_a_sweep_is_probed_and_the_untrained_one_has_the_weights_that_a_run_begins_with(
