@@ -10,7 +10,7 @@
         the primary question, and the trade-off
     python tests/study.py --confirm RESULTS
         four comparisons by exact sign flips over seeds, Holm over four
-    python tests/study.py --curves RESULTS
+    python tests/study.py --curves RESULTS --picture curves.png
         accuracy over training steps, printed and drawn
     python tests/study.py --agree A.jsonl B.jsonl
         do two sweeps show the same?
@@ -554,10 +554,10 @@ def answer(paths):
         print(f"{about} {len(chosen)}: {rank_correlation(*pairs):+.2f} [{low:+.2f}, {high:+.2f}]")
 
 
-def curves(path):
+def curves(path, picture=None):
     """Print how the few-label accuracy of each run's encoder goes over its steps, the mean over
-    seeds, and draw it into curves.png beside the results. Raises ValueError where no run was
-    probed along the way, or seeds were at different steps."""
+    seeds, and draw it into a PNG file, the picture. Raises ValueError where no run was probed along
+    the way."""
     found = {}  # {factor: {name: {step: [of each seed]}}}
     for text in Path(path).read_text().splitlines():
         line = json.loads(text)
@@ -584,8 +584,8 @@ def curves(path):
         shown = [step for step in next(iter(means.values())) if step % 500 == 0 or step == last]
         markdown([f"step {step}" for step in shown],
                  {name: [f"{steps[step]:.1f}" for step in shown] for name, steps in means.items()})
-    pictures.save_image(Path(path).with_name("curves.png"),
-                        pictures.plot_points(panels, joined=True))
+    if picture:
+        pictures.save_image(Path(picture), pictures.plot_points(panels, joined=True))
 
 
 def agree(first, second):
@@ -712,6 +712,7 @@ def parse(arguments):
     add("--answer", nargs="+", metavar="RESULTS")
     add("--confirm", nargs="+", metavar="RESULTS")
     add("--curves", metavar="RESULTS")
+    add("--picture", metavar="PNG", help="draw --curves into this file")
     add("--agree", nargs=2, metavar="RESULTS")
     add("--compare", nargs="+", metavar="RESULT")
     add("--gradients", action="store_true")
@@ -746,7 +747,7 @@ def main(arguments=None):
     if flags.confirm:
         return confirm(flags.confirm)
     if flags.curves:
-        return curves(flags.curves)
+        return curves(flags.curves, flags.picture)
     if flags.agree:
         return agree(*flags.agree)
     if flags.compare:

@@ -235,7 +235,7 @@ def test_numbers_of_the_lab_report_are_those_that_its_commands_print(monkeypatch
     readme = Path("README.md").read_text()
     answer = readme.partition("\n## What was found\n")[2].partition("\n## ")[0]
 
-    line = r"^ {4,}(.*python tests/study.py --(?:table|answer) .*)"
+    line = r"^ {4,}(.*python tests/study.py --(?:table|answer|confirm|curves) .*)"
     commands = "\n".join(re.findall(line, report, re.M))
     commands = subprocess.run(["bash"], input=f'python() {{ echo "$@"; }}\n{commands}',
                               capture_output=True, text=True)
@@ -375,7 +375,7 @@ def test_curves_are_means_over_seeds_of_what_the_probes_found_along_the_runs(tmp
         for step in (0, 500, 900)]} for name, base in (("baseline", 4), ("ld", 10)) for seed in (0, 2)]
     path = tmp_path / "results.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    assert study.main(["--curves", str(path)]) == 0
+    assert study.main(["--curves", str(path), "--picture", str(tmp_path / "curves.png")]) == 0
     dive = table_of(capsys.readouterr().out, 0)
     assert dive["baseline"] == {"step 0": "5.0", "step 500": "10.0", "step 900": "14.0"}
     assert dive["ld"] == {"step 0": "11.0", "step 500": "16.0", "step 900": "20.0"}
