@@ -30,6 +30,14 @@ import test_objectives as naive
 import train
 from data import write_json
 
+
+@pytest.fixture(autouse=True)
+def same_probes_as_before(monkeypatch):
+    """A run of a sweep, a process of its own, sets these for itself."""
+    for name in ("FEW", "HELD_OUT", "ALONG_TRAIN", "ALONG_TEST"):
+        monkeypatch.setattr(probe, name, getattr(probe, name))
+
+
 # --------------------------------------------------------------------------------------- statistics
 
 
@@ -627,7 +635,6 @@ def test_controls_are_ld_with_another_clips_targets_and_fwm_objectives_without_f
 def test_a_run_of_a_sweep_is_probed_and_the_untrained_one_has_the_weights_that_a_run_begins_with(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=1))
     monkeypatch.setattr(probe, "LINEAR", probe.LINEAR._replace(epochs=1))
     flags = [*TINY, "--frames", "4", "--probe-clips", "192", "--seed", "2"]
     run = tmp_path / "untrained-seed2"
@@ -646,7 +653,6 @@ def test_a_run_of_a_sweep_is_probed_and_the_untrained_one_has_the_weights_that_a
                                for k in expected for factor, value in expected[k].items()}
 
     # With --fresh, the clips and the draws of labels are those of the seed.
-    monkeypatch.setattr(probe, "HELD_OUT", probe.HELD_OUT)
     fresh = ["--head-steps", "1", "--fresh", "--shots", "1", "--child", "--objective=untrained", *flags]
     assert study.main([*fresh, f"--out={run}"]) == 0
     worlds = probe.held_out(encoder, vars(config))
@@ -658,7 +664,6 @@ def test_a_run_of_a_sweep_is_probed_and_the_untrained_one_has_the_weights_that_a
 
 def test_a_run_on_blobs_is_probed_on_other_blobs(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "BLOB_CLIPS", (8, 8))
-    monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=1))
     run = tmp_path / "baseline-seed0"
     flags = [
         *TINY,
@@ -670,7 +675,8 @@ def test_a_run_on_blobs_is_probed_on_other_blobs(tmp_path, monkeypatch):
         "--micro-batch=0",
     ]
     assert (
-        study.main(["--shots", "1", "--child", "--objective=baseline", *flags, f"--out={run}"]) == 0
+        study.main(["--shots", "1", "--head-steps", "1", "--child", "--objective=baseline", *flags,
+                    f"--out={run}"]) == 0
     )
     found = json.loads((run / "study.json").read_text())["numbers"]
     checkpoint = probe.load_checkpoint(run / "last.pt")
