@@ -215,8 +215,7 @@ def encode(encoder, source, items, about, workers=0):
     if isinstance(source, World):
         read = source.clips
     chunks = [items[start:start + CHUNK] for start in range(0, len(items), CHUNK)]
-    # With a generator of its own, the loader leaves the global one alone.
-    loader = data.load(chunks, workers, collate_fn=read, generator=torch.Generator())
+    loader = data.load(chunks, workers, collate_fn=read)
     for clips in tqdm(loader, f"features of {about}", len(chunks), leave=False, unit="chunk",
                       disable=None):
         broken = [not torch.is_tensor(clip) for clip in clips]

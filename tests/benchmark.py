@@ -28,9 +28,10 @@ import data
 import miniature
 import objectives
 import train
-from data import command, number
+from data import command
 from model import Size
 from objectives import OBJECTIVES
+from probe import whole
 
 # Dense bfloat16 operations per second by datasheet, two to a multiply-add.
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
@@ -280,7 +281,7 @@ def main(arguments=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objective", default="baseline",
                         help="one or several with commas, or all [baseline]")
-    parser.add_argument("--rounds", type=number(1),
+    parser.add_argument("--rounds", type=whole(1),
                         help="how often each way is timed [5; --decode 100]")
     for mode in list(MODES)[1:]:
         parser.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode)

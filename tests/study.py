@@ -53,7 +53,7 @@ import objectives
 import pictures
 import probe
 import train
-from data import command, number, read_json, write_json
+from data import command, read_json, write_json
 from model import Size
 from synthetic import WORLDS
 
@@ -690,7 +690,7 @@ def gradients():
 def parse(arguments):
     """The command line: its flags, and those of train.py that a sweep hands on."""
     def numbers(lowest):
-        return lambda text: [number(lowest)(each) for each in text.split(",")]
+        return lambda text: [probe.whole(lowest)(each) for each in text.split(",")]
 
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -699,7 +699,7 @@ def parse(arguments):
     add("--objective", metavar="A,B,...", help="a sweep of these, or of all")
     add("--seeds", type=numbers(0), default=[0, 1, 2])
     add("--out", type=Path, default=Path("runs/study"), help="the folder of a sweep's runs")
-    add("--jobs", type=number(1), help="runs side by side [one per CPU core; on a GPU 1]")
+    add("--jobs", type=probe.whole(1), help="runs side by side [one per CPU core; on a GPU 1]")
     add("--shots", type=numbers(1), default=[probe.LABELS],
         help="labels per class of the few-label probes")
     add("--fresh", action="store_true",
