@@ -44,8 +44,7 @@ VIDEOS = " ".join(VIDEO_FORMATS.values()).split()
 IMAGE_FORMATS = "JPEG PNG BMP PPM TIFF WEBP".split()  # for others Pillow starts Ghostscript
 IMAGES = ".jpg .jpeg .png .bmp .ppm .pgm .tif .tiff .webp".split()
 
-# Of a video: frames that were chosen, uint8 [T, H, W, 3], RGB; how many it has, and how many it
-# shows a second.
+# Frames that were chosen, uint8 [T, H, W, 3], RGB; of the file how many it has, and a second shows.
 Video = namedtuple("Video", "frames count rate")
 
 
@@ -58,14 +57,13 @@ class Unreadable(Exception):
 
 
 def read_video(path, choose):
-    """Read frames of a video by number: `choose(count, rate)` returns the numbers, ascending. An
-    image is its only frame.
+    """Frames of a video by number: `choose(count, rate)` returns the numbers, ascending. An image
+    is its only frame. Raises Unreadable for a file that is missing, broken, or without them.
 
-    Frame i is the i-th that decoding from the start shows, however long each lasts. Frames are
-    turned and mirrored as players do it; pixels that are not square are not stretched. All packets
-    are read, then decoded from the last key frame before the first frame that is chosen. Where
-    their times can be believed, frames are found by time, else by number.
-    Raises Unreadable for a file that is missing, broken, or without the frames chosen.
+    Frame i is the i-th that decoding from the start shows, however long each lasts; turned and
+    mirrored as players do it, while pixels that are not square are not stretched. All packets are
+    read, then decoded from the last key frame before the first frame that is chosen. Where their
+    times can be believed, frames are found by time, else by number.
     """
     if is_image(path):
         return Video(read_image(path)[None], 1, 0)
@@ -90,8 +88,7 @@ def read_video(path, choose):
 
 @contextlib.contextmanager
 def open_video(path):
-    """The video stream of a file (PyAV's) and its packets. Raises Unreadable, and makes it of what
-    goes wrong while the file is open."""
+    """The video stream of a file (PyAV's) and its packets; what goes wrong becomes Unreadable."""
     import av  # only where a video is opened: all else runs without it
     options = {"format_whitelist": ",".join(VIDEO_FORMATS)}
     try:
@@ -99,8 +96,8 @@ def open_video(path):
         with av.open(f"file:{path}", metadata_errors="replace", options=options) as container:
             stream = container.streams.best("video")
             # A song's cover is a picture, and some video no decoder knows.
-            if (stream is None or stream.disposition & av.stream.Disposition.attached_pic
-                    or stream.codec_context is None):
+            cover = av.stream.Disposition.attached_pic
+            if stream is None or stream.disposition & cover or stream.codec_context is None:
                 raise ValueError("it holds no video")
             stream.codec_context.thread_count = 1  # the loader's workers are what runs in parallel
             # An empty packet repeats the frame before.
@@ -145,22 +142,21 @@ def frame_rate(stream, packets):
 
 
 def find_by_time(stream, packets, numbers):
-    """Frames chosen as {time: number}: {number: RGB picture}, fewer where the decoder disagrees
-    with the container."""
+    """Frames chosen as {time: number}: {number: RGB picture}, fewer where the decoder disagrees."""
     start = max(i for i, packet in enumerate(packets)
                 if packet.is_keyframe and packet.pts <= min(numbers))
     end = max(i for i, packet in enumerate(packets, 1) if packet.pts in numbers)
+    frames = decode(stream, packets, start, end, numbers)
     found = {numbers[frame.pts]: upright(frame)
-             for frame in decode(stream, packets, start, end, numbers)
-             if frame and frame.pts in numbers}
+             for frame in frames if frame and frame.pts in numbers}
     # On its way the decoder may find out that these were not the times.
     return found if shown_times(stream, packets) else {}
 
 
 @functools.lru_cache(maxsize=None)
 def decode_all(path, modified):
-    """Decode a whole file: a checksum of each picture to the last good one (-1: damaged), and the
-    numbers of key frames. It is remembered until the file changes."""
+    """A checksum of each picture of a file to the last good one (-1: damaged), and the numbers of
+    key frames. It is remembered until the file changes."""
     sums, keys = [], []
     with open_video(path) as opened:
         for i, frame in enumerate(decode(*opened)):
@@ -177,7 +173,7 @@ def find_by_number(path, packets, sums, keys, chosen):
     these is not the one that decoding from the start has shown, they are counted from there."""
     starts = [i for i, packet in enumerate(packets) if packet.is_keyframe]
     nearest = max((pair for pair in zip(keys, starts) if pair[0] <= chosen[0]), default=(0, 0))
-    for number, start in (nearest, (0, 0)):
+    for number, start in nearest, (0, 0):
         with open_video(path) as opened:
             frames = zip(range(number, chosen[-1] + 1), decode(*opened, start))
             found = {i: upright(frame) for i, frame in frames if frame and i in chosen}
@@ -187,18 +183,17 @@ def find_by_number(path, packets, sums, keys, chosen):
 
 
 def decode(stream, packets, start=0, end=None, wanted=()):
-    """Frames of packets[start:end] in the order in which they are shown. A damaged frame is None,
-    and so are all others up to the next key frame.
+    """Frames of packets[start:end] in the order in which they are shown, None for a damaged one and
+    all others up to the next key frame. Where only some times are wanted, others may be left out.
 
-    The first is a key frame, or that of a file which begins with one by its container's word (not
-    all decoders mark key frames, and a file cut by copying does not show its first). Where only
-    frames of some times are wanted, others may be left out.
+    The first is a key frame, or that of a file which begins with one by its container's word: not
+    all decoders mark key frames, and a file cut by copying does not show its first.
     """
     import av
     context = stream.codec_context
     context.open(strict=False)  # some decoders would keep to the first skip_frame that they see
     whole, begun = not start and any(packet.is_keyframe for packet in packets[:1]), False
-    for packet in (*packets[start:end], None):  # at last what the decoder still holds back
+    for packet in *packets[start:end], None:  # at last what the decoder still holds back
         if packet:
             # A frame that nobody wants, and that no other refers to, need not be decoded.
             context.skip_frame = "NONREF" if wanted and packet.pts not in wanted else "DEFAULT"
@@ -214,8 +209,7 @@ def decode(stream, packets, start=0, end=None, wanted=()):
 
 
 def upright(frame):
-    """A decoded frame as uint8 [H, W, 3], RGB, mirrored and turned by quarters as its display
-    matrix says."""
+    """A frame as uint8 [H, W, 3], RGB, mirrored and turned by quarters as its matrix says."""
     from av.sidedata.sidedata import SideDataContainer
     picture = frame.to_ndarray(format="rgb24", threads=1)
     # `frame.side_data` would refer to the frame that keeps it: such frames fill the memory.
@@ -233,12 +227,8 @@ def is_image(path):
 
 
 def read_image(path):
-    """Read an image: uint8 [H, W, 3], RGB. Raises Unreadable for a file that is missing or broken.
-
-    Grey becomes three equal channels, CMYK and palettes are converted, transparency is dropped, of
-    an animation the first picture stays; EXIF orientation is left alone, as everywhere with
-    ImageNet.
-    """
+    """Read an image: uint8 [H, W, 3], RGB; of an animation the first picture, without transparency,
+    EXIF orientation left alone, as everywhere with ImageNet. Raises Unreadable."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             return np.array(image.convert("RGB"))
@@ -255,11 +245,9 @@ def spread(start, length, count):
 
 
 def window(n, frames, step, generator):
-    """Frame numbers of a random window of L = frames * step frames in a video of n frames, which
-    starts at 0 to n - L - 1. A video no longer than L gives floor(linspace(0, n, n // step)), the
-    last repeated."""
-    length, last = frames * step, n - 1
-    numbers = spread(0, n, n // step)
+    """Frame numbers of a random window of L = frames * step in n frames, from 0 to n - L - 1 on. A
+    video no longer than L gives floor(linspace(0, n, n // step)), the last repeated."""
+    length, last, numbers = frames * step, n - 1, spread(0, n, n // step)
     if n > length:
         start = torch.randint(n - length, (), generator=generator).item()
         numbers, last = spread(start, length, frames), start + length - 1
@@ -273,14 +261,12 @@ def evaluation_window(n, frames):
 
 
 class Clips:
-    """Clips of video and image files; an image stands still for all of a clip.
-
-    labels: whole numbers from 0, one for each path, or None. step: frames of the video from one
-    frame of a clip to the next; fps, if not 0, makes it ceil(the video's rate) // fps.
-    """
+    """Clips of video and image files; an image stands still. labels: whole numbers from 0, one for
+    each path, or None. step: frames of the video from one frame of a clip to the next; fps, if not
+    0, makes it ceil(the video's rate) // fps."""
 
     def __init__(self, paths, labels, frames, crop, step=1, fps=0, name="videos"):
-        self.paths, self.labels, self.name = [str(path) for path in paths], labels, name
+        self.paths, self.labels, self.name = [*map(str, paths)], labels, name
         self.frames, self.crop, self.step, self.fps = frames, crop, step, fps
 
     def __len__(self):
@@ -297,8 +283,7 @@ class Clips:
             step = max(1, math.ceil(round(rate, 1)) // self.fps) if self.fps else self.step
             return window(count, self.frames, step, generator)
 
-        # Takes a second to import.
-        from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
+        from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop  # takes a second
         pictures = self.read(item, choose)
         seed = torch.randint(2 ** 62, (), generator=generator).item()
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
@@ -328,8 +313,7 @@ CLEAN_BLOBS = 10_042  # evaluation clips from this seed on share nothing with a 
 
 
 class BlobClips(Clips):
-    """The paper's generated clips, `synthetic.Blobs`; for evaluation their first frames as they
-    are, uint8, 160x160."""
+    """The paper's `Blobs`; for evaluation their first frames as they are, uint8, 160x160."""
 
     def __init__(self, *how, items=range(10_000), first=0, directions=False):
         super().__init__(items, [item % len(Blobs.MOVES) for item in items], *how, name="blobs")
@@ -337,15 +321,14 @@ class BlobClips(Clips):
 
     def read(self, item, choose):
         video, _ = self.blobs.video(self.paths[item])
-        return video.transpose(0, 1)[list(choose(Blobs.FRAMES, Blobs.FPS))]
+        return video.transpose(0, 1)[choose(Blobs.FRAMES, Blobs.FPS)]
 
     def evaluation_clip(self, item):
-        return self.finish(self.read(item, lambda count, rate: range(self.frames)))
+        return self.blobs.video(self.paths[item])[0][:, :self.frames]
 
 
 def read_all(items, source):
-    """Clips of these items as evaluation sees them, or for each that cannot be read the sentence
-    that says why."""
+    """Clips as evaluation sees them; for one that cannot be read the sentence that says why."""
     clips = []
     for item in items:
         try:
@@ -371,13 +354,12 @@ def generator_for(*numbers):
 
 class Batches:
     """One item per training step, a function of seed and step alone, so that a resumed run goes on
-    as it would have.
+    as it would have. batches[step] -> a rank's micro-batches, a list: uint8 clips [micro_batch, 3,
+    T, H, W] and their masks, make_masks(clips, positions, sizes). The generator of positions is
+    seeded by (seed, step, number of the micro-batch in the step), that of sizes by (seed, step).
 
-    batches[step] -> a rank's micro-batches, a list: uint8 clips [micro_batch, 3, T, H, W] and
-    their masks, make_masks(clips, positions, sizes). The generator of positions is seeded by
-    (seed, step, number of the micro-batch in the step), that of sizes by (seed, step). Clips are
-    drawn with replacement: first the source, by weight, then any of its items; `Shapes` makes new
-    ones. For a file that cannot be read another of its source is taken, and a line in the file
+    Clips are drawn with replacement: first the source, by weight, then any of its items; a world
+    makes new ones. For a file that cannot be read another of its source is taken, and a line in
     unreadable.txt says so. Raises ValueError where batch, micro-batch and ranks do not fit.
     """
 
@@ -414,8 +396,7 @@ class Batches:
         return micro_batches
 
     def clip(self, step, place, source, item):
-        """For this place in the batch of a step a clip of an item, or of the first other one that
-        can be read."""
+        """For this place in a step's batch a clip of an item, or of another that can be read."""
         source, generator = self.sources[source], generator_for(self.config.seed, CLIP, step, place)
         for _ in range(MAX_UNREADABLE):
             try:
@@ -437,16 +418,15 @@ def loader(batches, start=0, workers=0, device=torch.device("cpu")):
 
 
 def load(items, workers, **how):
-    """Items one by one, prepared by so many processes. The generator leaves the global one alone: a
-    resumed run must not find it moved."""
+    """Items one by one, prepared by so many processes; a resumed run must not find the global
+    generator moved."""
     return DataLoader(items, batch_size=None, num_workers=workers, worker_init_fn=start_worker,
                       generator=torch.Generator(), **how)
 
 
 def start_worker(_):
-    """A loader's worker leaves Ctrl-C and SIGTERM to the run, which saves and then ends it; and it
-    keeps no lock."""
-    for each in (signal.SIGINT, signal.SIGTERM):
+    """A worker leaves Ctrl-C and SIGTERM to the run, which saves and ends it, and keeps no lock."""
+    for each in signal.SIGINT, signal.SIGTERM:
         signal.signal(each, signal.SIG_IGN)
     for handle in HELD:
         os.close(handle)
@@ -461,15 +441,14 @@ def end_workers():
             worker.join()
 
 
-# --------------------------------------------------------------------------- lists of your own
+# ------------------------------------------------------------------------------ lists of your own
 
 LINE = re.compile(r'"?([^"]+?\.\w+)"?(?:[\s,]+"?(\d+)"?)?')
 Split = namedtuple("Split", "paths labels")  # labels: whole numbers from 0, or None for all
 
 
 def files_below(folder):
-    """All files below a folder that have a suffix, in order; links to folders are followed, what is
-    hidden is left out."""
+    """All files below a folder that have a suffix and are not hidden; links are followed."""
     names = glob.glob("**/*.*", root_dir=folder, recursive=True)
     return sorted(Path(folder, name) for name in names if "__MACOSX" not in name)
 
@@ -486,12 +465,12 @@ def folder_split(folder, suffixes):
 
 
 def own_videos(path):
-    """The videos of a list file, or all videos below a folder, as a Split.
+    """The videos of a list file, or all below a folder, as a Split. Raises FileNotFoundError where
+    there is nothing, ValueError for a wrong line.
 
-    A line of a list is `path` or `path label`, separated by a comma, a tab or spaces. The label is
-    a whole number; the path ends in a suffix like .mp4, may hold spaces and commas, may stand in
-    double quotes, and is relative to the list's folder.
-    Raises FileNotFoundError where there is nothing, ValueError for a wrong line.
+    A line is `path` or `path label`, separated by a comma, a tab or spaces. The label is a whole
+    number; the path ends in a suffix like .mp4, may hold spaces and commas, may stand in double
+    quotes, and is relative to the list's folder.
     """
     path = Path(path)
     if path.is_dir():
@@ -526,8 +505,7 @@ def text_lines(path):
 
 
 def hold_out(split):
-    """Labelled videos in two, (to train on, to test on): of each class every third, in the order
-    of the list, is held out."""
+    """Labelled videos to train on, and to test on: of each class every third, as listed."""
     seen, parts = Counter(), ([], [])
     for path, label in zip(*split):
         seen[label] += 1
@@ -550,20 +528,17 @@ def first_there(folder, *names):
 
 
 def read_splits(parse, *paths):
-    """A publisher's lists, for training and for test: parse(line of text, or item of JSON) ->
-    (path, label)."""
+    """A publisher's lists, for training and for test, as Files; parse(line of text, or item of
+    JSON) -> (path, label)."""
     splits = []
     for path in paths:
-        pairs, entries = [], text_lines(path)
+        entries = text_lines(path)
         try:
             if path.suffix == ".json":
                 entries = json.loads("".join(entries))
-            for entry in entries:
-                pairs.append(parse(entry))
+            splits.append(make_split([parse(entry) for entry in entries]))
         except Exception as error:
-            raise ValueError(f"entry {len(pairs) + 1} of {path} is not as its publisher writes it: "
-                             f"{error!r}")
-        splits.append(make_split(pairs))
+            raise ValueError(f"{path} is not as its publisher writes it: {error!r}")
     return Files(*splits)
 
 
@@ -585,7 +560,7 @@ def ssv2(root):
     videos, label = first_there(root, "20bn-something-something-v2"), read_json(index)
 
     def parse(entry):  # its template is a class name with brackets: "Pushing [something]"
-        name = entry["template"].replace("[", "").replace("]", "")
+        name = re.sub(r"\[|\]", "", entry["template"])
         return videos / f"{entry['id']}.webm", int(label[name])
     return read_splits(parse, train, test)
 
@@ -605,21 +580,17 @@ def diving48(root):
     return read_splits(parse, root / "Diving48_V2_train.json", root / "Diving48_V2_test.json")
 
 
-# read: folder -> Files. train, test: how many clips were published.
+# read: folder -> Files. train, test: how many clips were published. UCF-101 is its split 1.
 PublicDataset = namedtuple("PublicDataset", "read train test")
-DATASETS = {
-    "ucf101": PublicDataset(ucf101, 9_537, 3_783),  # split 1
-    "ssv2": PublicDataset(ssv2, 168_913, 24_777),
-    "imagenet100": PublicDataset(imagenet100, 126_689, 5_000),
-    "diving48": PublicDataset(diving48, 15_027, 1_970),  # V2
-}
-# The paper's mixed regime: how often each is drawn.
-MIXED = {"ucf101": 0.2, "ssv2": 0.6, "imagenet100": 0.2}
+DATASETS = {"ucf101": PublicDataset(ucf101, 9_537, 3_783),
+            "ssv2": PublicDataset(ssv2, 168_913, 24_777),
+            "imagenet100": PublicDataset(imagenet100, 126_689, 5_000),
+            "diving48": PublicDataset(diving48, 15_027, 1_970)}
+MIXED = {"ucf101": 0.2, "ssv2": 0.6, "imagenet100": 0.2}  # how often the paper draws from each
 
 
 def open_dataset(name, root, split, *how):
-    """The "train" or "test" split of one of the DATASETS as a source. how: frames, crop, step and
-    fps of `Clips`."""
+    """The "train" or "test" split of one of the DATASETS; how: frames, crop, step, fps of Clips."""
     return Clips(*getattr(DATASETS[name].read(Path(root)), split), *how, name=name)
 
 
@@ -629,8 +600,7 @@ HELD = []  # locks, which a loader's worker must not inherit
 
 
 def write_file(path, content):
-    """Write bytes under a temporary name, then rename: a reader sees the old file or the new one,
-    never a half."""
+    """Write bytes so that a reader sees the old file or the new one, never a half."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
@@ -644,8 +614,7 @@ def write_json(path, content):
 
 
 def read_json(path):
-    """The dict that a JSON file holds, an empty one where there is no file. Raises ValueError for a
-    damaged file."""
+    """The dict that a JSON file holds, or an empty one. Raises ValueError for a damaged file."""
     if not path.exists():
         return {}
     try:
@@ -656,17 +625,14 @@ def read_json(path):
 
 @contextlib.contextmanager
 def locked(path):
-    """Hold a folder or file for this process alone; the kernel lets go when the process ends,
-    however that is."""
+    """Hold a folder or file for this process alone, until it ends, however that is."""
     handle = os.open(path, os.O_RDONLY)
     HELD.append(handle)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is at work on {path}; wait until it ends, or stop "
-                             "it")
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    except BlockingIOError:
+        raise ValueError(f"another process is at work on {path}; wait until it ends, or stop it")
     finally:
         HELD.remove(handle)
         os.close(handle)
@@ -674,11 +640,8 @@ def locked(path):
 
 def command(program, smaller, stopped="stopped"):
     """Decorator of a command's main function: what its user can put right is said in one sentence;
-    a bug of ours keeps its traceback.
-
-    Exit status: what the function returns, else 0; 1 after such a sentence, 130 after Ctrl-C, 2
-    from argparse. smaller: the flags that decide how much memory it takes.
-    """
+    a bug of ours keeps its traceback. Exit status: what the function returns, else 0; 1 after such
+    a sentence, 130 after Ctrl-C. smaller: the flags that decide how much memory it takes."""
     def decorate(main):
         def run(arguments=None):
             try:
@@ -697,9 +660,9 @@ def command(program, smaller, stopped="stopped"):
 
 def explain(error, smaller):
     """The sentence that an error is for a user, None where it is a bug."""
-    message = str(error).strip() or type(error).__name__
-    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    if out_of_memory or "can't allocate memory" in message:
+    message = str(error).strip()
+    if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            or "can't allocate memory" in message):
         return f"there is too little memory; give a smaller {smaller}"
     if message.startswith("DataLoader worker (pid"):
         return ("a loader process was killed, most likely for lack of memory; give fewer "
@@ -711,15 +674,14 @@ def explain(error, smaller):
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     # An error in a loader's worker comes with the worker's traceback; its last line is the error.
-    return message.splitlines()[-1].removeprefix("ValueError: ")
+    return message.split("\n")[-1].removeprefix("ValueError: ")
 
 
-# --------------------------------------------------------------------------- python data.py --check
+# --------------------------------------------------- python data.py --check, python data.py --write
 
 
 def inspect_file(path):
-    """Reads a file as evaluation does: height, width, number of frames and rate; or the reason why
-    it cannot."""
+    """Height, width, number of frames and rate; or the reason why evaluation cannot read it."""
     try:
         video = read_video(path, lambda count, rate: evaluation_window(count, 16))
     except Unreadable as error:
@@ -730,24 +692,20 @@ def inspect_file(path):
 def inspect(title, paths, workers):
     """Read every file and print what there is to say: the median number of frames, 0 where a run on
     these files would stop."""
-    results = load(paths, workers, collate_fn=inspect_file)
-    results = [*tqdm(results, title, len(paths), disable=None)]
+    results = [*tqdm(load(paths, workers, collate_fn=inspect_file), title, len(paths),
+                     disable=None)]
     reasons = [each for each in results if isinstance(each, str)]
     facts = [*zip(*(each for each in results if not isinstance(each, str)))]
     for what, values in zip(("height", "width", "frames", "frames per second"), facts):
         print(f"    {what}: {min(values):.4g} to {max(values):.4g}")
-    print(f"    unreadable: {len(reasons):,}", *reasons[:5], sep="\n      ")
-    if len(reasons) > MAX_BROKEN * len(paths):
-        print(f"    More than {MAX_BROKEN:.0%} cannot be read: a run would stop.")
-        return 0
-    return np.median(facts[2])
+    print(f"    unreadable: {len(reasons):,} (above {MAX_BROKEN:.0%}, a run stops)", *reasons[:5],
+          sep="\n      ")
+    return np.median(facts[2]) if len(reasons) <= MAX_BROKEN * len(paths) else 0
 
 
 def check(root, workers):
-    """Print what lies in a folder, whole or broken, and the command that trains on it.
-
-    Raises OSError where there is nothing to train on, ValueError where it makes no sense.
-    """
+    """Print what lies in a folder, whole or broken, and the command that trains on it. Raises
+    OSError where there is nothing to train on, ValueError where it makes no sense."""
     root, usable, missing = Path(root), {}, []
     for name, dataset in DATASETS.items():
         try:
@@ -755,7 +713,7 @@ def check(root, workers):
         except FileNotFoundError as error:
             missing.append(f"{name}: not here ({error}); README.md says who offers it")
             continue
-        for split in ("test", "train"):
+        for split in "test", "train":
             paths, published = getattr(files, split).paths, getattr(dataset, split)
             print(f"{name}, {split}: {len(paths):,} of {published:,} published clips")
             usable[name] = inspect(f"{name} {split}", paths, workers)  # of train, last
@@ -771,20 +729,14 @@ def check(root, workers):
     count = inspect("videos", paths, workers)
     if not count:
         raise ValueError(f"too many of the videos in {root} cannot be read")
-    # Evaluation spreads a clip, of 8 or 16 frames, over all of a video: at this step so does
-    # training.
-    print(f"Train on a CPU with: python train.py --data '{root}' "
-          f"--frame-step {max(1, round(count / 8))}")
-    print(f"Train on a GPU with: python train.py --preset mixed --data '{root}' "
-          f"--frame-step {max(1, round(count / 16))}")
-
-
-# --------------------------------------------------------------------------- python data.py --write
+    # At this step training spreads a clip over all of the median video, as evaluation does.
+    cpu, gpu = (max(1, round(count / frames)) for frames in (8, 16))
+    print(f"Train on a CPU with: python train.py --data '{root}' --frame-step {cpu}")
+    print(f"Train on a GPU with: python train.py --preset mixed --data '{root}' --frame-step {gpu}")
 
 
 def write_dataset(folder, source, count, fps):
-    """Write items 0 to count - 1 of a source into a new folder: mp4 files, and at last their list
-    `videos.csv`."""
+    """Write items 0 to count - 1 of a source into a new folder, and at last `videos.csv`."""
     import av
     folder, lines = Path(folder), []
     folder.mkdir(parents=True)
@@ -802,11 +754,10 @@ def write_dataset(folder, source, count, fps):
 
 @command("data.py", smaller="number of --workers")
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description="Check the datasets or videos "
-                                     "in a folder, or write generated clips as videos.")
+    parser = argparse.ArgumentParser(description="Check a folder, or write generated clips.")
     job = parser.add_mutually_exclusive_group(required=True)
-    job.add_argument("--check", metavar="DIR", help="holds the datasets, or your own videos")
-    job.add_argument("--write", metavar="DIR", help="a new folder for generated clips")
+    job.add_argument("--check", help="the folder of the datasets, or of your own videos")
+    job.add_argument("--write", help="a new folder for generated clips")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that read")
     parser.add_argument("--count", type=int, default=64, help="number of clips")
     flags = parser.parse_args(arguments)
