@@ -518,13 +518,13 @@ def hold_out(split):
 Files = namedtuple("Files", "train test")  # two Splits
 
 
-def first_there(folder, *names):
-    """The path of the first of these names that exists in a folder. Raises FileNotFoundError."""
-    for name in names:
-        if (folder / name).exists():
-            return folder / name
-    raise FileNotFoundError(f"{folder / names[0]} is missing; README.md, 'The paper's datasets', "
-                            "says what belongs to each and who offers it")
+def first_there(*paths):
+    """The first of these paths that exists. Raises FileNotFoundError."""
+    for path in paths:
+        if path.exists():
+            return path
+    raise FileNotFoundError(f"{paths[0]} is missing; README.md, 'The paper's datasets', says what "
+                            "belongs to each and who offers it")
 
 
 def read_splits(parse, *paths):
@@ -532,7 +532,7 @@ def read_splits(parse, *paths):
     JSON) -> (path, label)."""
     splits = []
     for path in paths:
-        entries = text_lines(path)
+        entries = text_lines(first_there(path))
         try:
             if path.suffix == ".json":
                 entries = json.loads("".join(entries))
@@ -555,9 +555,9 @@ def ucf101(root):
 
 
 def ssv2(root):
-    index, train, test = (first_there(root, f"{name}.json", f"labels/{name}.json")
+    index, train, test = (first_there(root / f"{name}.json", root / f"labels/{name}.json")
                           for name in ("labels", "train", "validation"))
-    videos, label = first_there(root, "20bn-something-something-v2"), read_json(index)
+    videos, label = first_there(root / "20bn-something-something-v2"), read_json(index)
 
     def parse(entry):  # its template is a class name with brackets: "Pushing [something]"
         name = re.sub(r"\[|\]", "", entry["template"])
@@ -566,7 +566,7 @@ def ssv2(root):
 
 
 def imagenet100(root):
-    train, val = first_there(root, "train"), first_there(root, "val", "validation")
+    train, val = first_there(root / "train"), first_there(root / "val", root / "validation")
     files = Files(folder_split(train, IMAGES), folder_split(val, IMAGES))
     names = [{path.parent.name for path in split.paths} for split in files]
     if not names[0] or names[0] != names[1]:
@@ -711,7 +711,7 @@ def check(root, workers):
         try:
             files = dataset.read(root)
         except FileNotFoundError as error:
-            missing.append(f"{name}: not here ({error}); README.md says who offers it")
+            missing.append(f"{name}: not here. {error}")
             continue
         for split in "test", "train":
             paths, published = getattr(files, split).paths, getattr(dataset, split)

@@ -1220,7 +1220,7 @@ def test_other_names_that_publishers_gave(copy):
     ("diving48", "Diving48_V2_train.json"), ("diving48", "Diving48_V2_test.json")])
 def test_a_missing_piece_is_named(copy, name, piece):
     shutil.rmtree(copy / piece) if (copy / piece).is_dir() else (copy / piece).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{copy / piece}"):
+    with pytest.raises(FileNotFoundError, match=f"{copy / piece} is missing; README.md"):
         files_of(name, copy)
 
 
@@ -1364,7 +1364,7 @@ def test_check_names_what_cannot_be_read_and_allows_a_twentieth(copy, capsys):
     data.check(copy, workers=0)
     output = capsys.readouterr().out
     assert f"    unreadable: 1 (above 5%, a run stops)\n      {broken}: Invalid data" in output
-    assert "unreadable: 1 (above 5%, a run stops)" in output and "imagenet100: not here (" in output
+    assert "unreadable: 1 (above 5%, a run stops)" in output and "imagenet100: not here. " in output
     assert output.endswith(f"python train.py --preset mixed --data '{copy}' --frame-step 2\n")
     for folder in ("20bn-something-something-v2", "rgb"):
         shutil.rmtree(copy / folder)
@@ -1389,7 +1389,7 @@ def test_check_of_videos_of_your_own_beside_a_dataset_that_no_preset_takes(copy,
     write_video(copy / "a.mp4", 10)
     data.check(copy, workers=0)
     output = capsys.readouterr().out
-    assert output.count(": not here (") == 3 and "imagenet100, train: 6 of " in output
+    assert output.count(" is missing; README.md, ") == 3 and "imagenet100, train: 6 of " in output
     assert f"Videos below {copy}, of every split: 1; other files: " in output
     assert output.splitlines()[-2:] == [
         f"Train on a CPU with: python train.py --data '{copy}' --frame-step 1",
