@@ -76,7 +76,7 @@ def read_video(path, choose):
         if not found or set(chosen) - set(found):
             sums, keys = decode_all(path, os.path.getmtime(path))
             count = len(sums)
-            if not count:
+            if not sums:
                 raise ValueError("no frame of it can be decoded")
             chosen = choose(count, rate)
             found = find_by_number(path, packets, sums, keys, chosen)
@@ -102,6 +102,8 @@ def open_video(path):
             stream.codec_context.thread_count = 1  # the loader's workers are what runs in parallel
             # An empty packet repeats the frame before.
             packets = [packet for packet in container.demux(stream) if packet.size]
+            if not packets:
+                raise ValueError("it holds no frames")
             if container.format.name == "gif" and stream.frames > len(packets):
                 raise ValueError(f"of its {stream.frames} frames only {len(packets)} can be told "
                                  "apart; save it again, as .mp4 for instance")
@@ -116,7 +118,7 @@ def shown_times(stream, packets):
     """When each frame is shown, ascending; nothing where the container cannot be believed."""
     context, times = stream.codec_context, [packet.pts for packet in packets]
     decoded = [packet.dts for packet in packets if packet.dts is not None]
-    if not times or len({*times} - {None}) < len(times) or decoded != sorted(decoded):
+    if len({*times} - {None}) < len(times) or decoded != sorted(decoded):
         return []  # missing, equal, or the clock starts again
     shown = sorted(packet.pts for packet in packets if not packet.is_discard)
     if not packets[0].is_keyframe or shown[:1] < times[:1]:
@@ -135,8 +137,7 @@ def frame_rate(stream, packets):
     if None in times or len(times) < 2:
         return float(stream.average_rate or 1)
     distances = np.diff(sorted(times))
-    median = np.median(distances)
-    # The mean of those near it, since times come in whole ticks: 67, 67, 66, ...
+    median = np.median(distances)  # and the mean of those near it: ticks are whole, 67, 67, 66
     usual = distances[abs(distances - median) <= median / 4].mean()
     return float(1 / (usual * stream.time_base))
 
@@ -192,7 +193,7 @@ def decode(stream, packets, start=0, end=None, wanted=()):
     import av
     context = stream.codec_context
     context.open(strict=False)  # some decoders would keep to the first skip_frame that they see
-    whole, begun = not start and any(packet.is_keyframe for packet in packets[:1]), False
+    whole, begun = not start and packets[0].is_keyframe, False
     for packet in *packets[start:end], None:  # at last what the decoder still holds back
         if packet:
             # A frame that nobody wants, and that no other refers to, need not be decoded.
@@ -376,12 +377,11 @@ class Batches:
 
     def __getitem__(self, step):
         seed, batch = self.config.seed, self.config.batch
-        draw = generator_for(seed, ORDER, step, 0)
+        draw, micro_batches = generator_for(seed, ORDER, step, 0), []
         sources = torch.multinomial(self.weights, batch, True, generator=draw)
         shares = torch.rand(batch, dtype=torch.float64, generator=draw)
         items = (shares * self.lengths[sources]).long().tolist()
 
-        micro_batches = []
         for j in self.mine:
             places = range(j * self.size, (j + 1) * self.size)
             if hasattr(self.sources[0], "clips"):
@@ -487,11 +487,9 @@ def own_videos(path):
     paths, labels = make_split(pairs)
     if not any(map(os.path.exists, paths)):
         raise FileNotFoundError(f"{path} lists no video that exists; its first: {paths[:1]}")
-    if {*labels} == {None}:
-        return Split(paths, None)
-    if None in labels:
+    if None in labels and {*labels} != {None}:
         raise ValueError(f"{path} gives some of its videos no label; give all a label, or none")
-    return Split(paths, labels)
+    return Split(paths, None if None in labels else labels)
 
 
 def make_split(pairs):
@@ -661,8 +659,8 @@ def command(program, smaller, stopped="stopped"):
 def explain(error, smaller):
     """The sentence that an error is for a user, None where it is a bug."""
     message = str(error).strip()
-    if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            or "can't allocate memory" in message):
+    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if out_of_memory or "can't allocate memory" in message:
         return f"there is too little memory; give a smaller {smaller}"
     if message.startswith("DataLoader worker (pid"):
         return ("a loader process was killed, most likely for lack of memory; give fewer "
@@ -719,10 +717,9 @@ def check(root, workers):
             usable[name] = inspect(f"{name} {split}", paths, workers)  # of train, last
     if usable:
         print(*missing, sep="\n")
-    preset = "mixed" if all(map(usable.get, MIXED)) else "ucf101"
     if usable.get("ucf101"):
-        print(f"Train with: python train.py --preset {preset} --root '{root}'")
-        return
+        preset = "mixed" if all(map(usable.get, MIXED)) else "ucf101"
+        return print(f"Train with: python train.py --preset {preset} --root '{root}'")
     paths = own_videos(root).paths
     others = len(files_below(root)) - len(paths)
     print(f"Videos below {root}, of every split: {len(paths):,}; other files: {others:,}")
@@ -730,9 +727,10 @@ def check(root, workers):
     if not count:
         raise ValueError(f"too many of the videos in {root} cannot be read")
     # At this step training spreads a clip over all of the median video, as evaluation does.
-    cpu, gpu = (max(1, round(count / frames)) for frames in (8, 16))
-    print(f"Train on a CPU with: python train.py --data '{root}' --frame-step {cpu}")
-    print(f"Train on a GPU with: python train.py --preset mixed --data '{root}' --frame-step {gpu}")
+    print(f"Train on a CPU with: python train.py --data '{root}' "
+          f"--frame-step {max(1, round(count / 8))}\n"
+          f"Train on a GPU with: python train.py --preset mixed --data '{root}' "
+          f"--frame-step {max(1, round(count / 16))}")
 
 
 def write_dataset(folder, source, count, fps):

@@ -477,7 +477,7 @@ def test_recordings_are_turned_and_mirrored_as_their_display_matrix_says(tmp_pat
 )
 def test_a_format_that_is_not_opened_is_named_as_such(tmp_path, name, codec, muxer):
     write_video(tmp_path / name, 5, codec, format=muxer)
-    with pytest.raises(Unreadable, match=f"{name}: its format is none that is opened: mov, matroska"):
+    with pytest.raises(Unreadable, match=f"{name}: its format is none that is opened: mov, mat"):
         size_of(tmp_path / name)
 
 
@@ -1226,7 +1226,7 @@ def test_a_missing_piece_is_named(copy, name, piece):
 
 def test_images_of_different_classes(copy):
     (copy / "val" / SYNSETS[0]).rename(copy / "val" / "n09999999")
-    with pytest.raises(FileNotFoundError, match=f"train and val of {copy} should hold images of the same"):
+    with pytest.raises(FileNotFoundError, match=f"train and val of {copy} should hold images of"):
         files_of("imagenet100", copy)
 
 
@@ -1313,7 +1313,8 @@ def test_check_as_a_user_runs_it(miniature, capsys):
                    for name, count in zip(data.DATASETS, published)),
                  *(f"{name}, test: 3 of {count} published clips"
                    for name, count in zip(data.DATASETS, published.values())),
-                 "    height: 240 to 240", "    frames per second: 12 to 12", "    unreadable: 0 (above 5%, a run stops)"):
+                 "    height: 240 to 240", "    frames per second: 12 to 12",
+                 "    unreadable: 0 (above 5%, a run stops)"):
         assert line in output.splitlines()
     assert (
         output.endswith(f"Train with: python train.py --preset mixed --root '{miniature}'\n")
@@ -1357,7 +1358,8 @@ def test_check_names_what_cannot_be_read_and_allows_a_twentieth(copy, capsys):
         Image.fromarray(picture(0, 40, 40)).save(path)
     assert data.inspect("images", paths[:20], workers=0) == 1
     assert data.inspect("images", paths, workers=0) == 0
-    assert f"    unreadable: 2 (above 5%, a run stops)\n      {paths[19]}: No such file" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"    unreadable: 2 (above 5%, a run stops)\n      {paths[19]}: No such file" in output
     shutil.rmtree(copy / "train")
     broken = copy / "UCF-101" / "YoYo" / "v_YoYo_g08_c02.avi"
     replace(broken, b"RIFF")
