@@ -270,6 +270,11 @@ class Clips:
         self.paths, self.labels, self.name = [*map(str, paths)], labels, name
         self.frames, self.crop, self.step, self.fps = frames, crop, step, fps
 
+    few = linear = ("class",)  # as of a `World`
+
+    def factors(self, items):
+        return {"class": torch.tensor(self.labels)[items]}
+
     def __len__(self):
         return len(self.paths)
 

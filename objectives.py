@@ -1,5 +1,4 @@
-"""What Video JEPA is trained on: masks, the core loss, every auxiliary term, and the table of
-named objectives.
+"""What Video JEPA is trained on: masks, the core loss, every auxiliary term, named objectives.
 
 A term is a function of `Outputs` (all that the networks made of one batch) to a scalar, and knows
 nothing of training. To add an objective, write one function, name it in `TERMS`, and add one line
@@ -7,11 +6,12 @@ to `OBJECTIVES`; if the term trains a small network along with it, a head, add o
 
 Notation of the equations: Z is z at a visible token and Z+ is z one time step later at the same row
 and column; H and H+ are the targets at these two places, detached. A "pair" is a visible token
-whose next one is visible too. |.| is the absolute value, averaged over channels. Shapes are named
-in model.py.
+whose next one is visible too. |.| is the absolute value, averaged over channels. The lab report is
+tests/results/README.md.
 """
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 from model import LEVELS, normalise, places, take
 
 # ------------------------------------------------------------------------------------------ masks
-
 
 @dataclass(frozen=True)
 class Masking:
@@ -38,41 +37,32 @@ class Masking:
     def kinds(self):
         """The short-range and the long-range mask, (number of blocks, share of the frame that a
         block covers) each: many small blocks ask for detail from close by, few large ones for what
-        the whole scene implies. Both share one pass of the target encoder. There are fewer blocks
-        where later time steps are hidden anyway."""
-        if self.first_steps < 1.0:
-            return (4, 0.15), (1, 0.70)
-        return (8, 0.15), (2, 0.70)
+        the whole scene implies. Fewer are needed where later time steps are hidden anyway."""
+        return ((4, 0.15), (1, 0.70)) if self.first_steps < 1 else ((8, 0.15), (2, 0.70))
 
 
 def motion_map(clips, grid, maxima_mixed_up=False):
-    """How much each grid cell moves: normalised clips [B, 3, T, H, W] -> [B, t, h, w], each clip's
-    maximum 1.
-
-    The absolute difference of neighbouring frames, averaged over colours (the first frame repeats
-    the first difference) and resized trilinearly. A clip that stands still gives zeros.
+    """How much each cell moves: normalised clips [B, 3, T, H, W] -> [B, t, h, w], at most 1 in each
+    clip: the absolute difference of neighbouring frames, averaged over colours (the first frame
+    repeats the first difference) and resized trilinearly. A clip that stands still gives 0.
     maxima_mixed_up: time step k of every clip is divided by the maximum of clip k, since the
-    released code lets maxima [B, 1, 1] meet maps [B, t, h, w] (tests/results/README.md, departure
-    10); ValueError where B < t.
-    """
-    difference = (clips[:, :, 1:] - clips[:, :, :-1]).abs().mean(1, keepdim=True)
+    released code lets maxima [B, 1, 1] meet maps [B, t, h, w] (lab report, departure 10)."""
+    difference = clips.diff(dim=2).abs().mean(1, keepdim=True)
     difference = torch.cat((difference[:, :, :1], difference), dim=2)  # (B, 1, T, H, W)
     motion = F.interpolate(difference, size=grid, mode="trilinear").squeeze(1)  # (B, t, h, w)
     largest = motion.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
-
     if maxima_mixed_up:
         if len(clips) < grid[0]:
             raise ValueError(f"--as-released divides each of {grid[0]} time steps by the maximum "
-                             f"of another clip, but a micro-batch has {len(clips)} clips; "
-                             f"give --micro-batch {grid[0]} or more")
+                             f"of another clip, but a micro-batch has {len(clips)} clips; give "
+                             f"--micro-batch {grid[0]} or more")
         largest = largest[:grid[0]].view(1, -1, 1, 1)
     return motion / largest
 
 
 def middle_pixels(clips, grid):
-    """The middle pixel or two of each cell along each axis: clips [B, 3, T, H, W] -> [B, 3, T, h or
-    2h, w or 2w]. Their motion map is that of the whole clips, since trilinear resizing looks at no
-    others."""
+    """The middle pixel or two of each cell along rows and columns: clips [B, 3, T, h or 2h, w or
+    2w], with the same motion map, 50 times as fast: trilinear resizing looks at no others."""
     for axis, cells in ((3, grid[1]), (4, grid[2])):
         clips = clips.unflatten(axis, (cells, -1))  # a cell's pixels stand in axis + 1
         span = clips.shape[axis + 1]
@@ -81,8 +71,7 @@ def middle_pixels(clips, grid):
 
 
 def draw_block_size(share, grid, generator):
-    """Draw the rows and columns of a block that covers this share of the frame, at an aspect ratio
-    from 0.75 to 1.5."""
+    """Rows and columns of a block that covers this share of a frame, aspect ratio 0.75 to 1.5."""
     _, h, w = grid
     aspect = 0.75 + 0.75 * torch.rand((), generator=generator).item()
     cells = int(h * w * share)
@@ -96,27 +85,20 @@ def place_blocks(blocks, size, grid, masking, motion, generator):
     None for uniform placement."""
     t, h, w = grid
     rows, columns = size
-    corners = (h - rows + 1, w - columns + 1)  # places for the top left corner
-
-    guided = False
-    if motion is not None:
-        # Blocks span all time steps: the mean under a block is the mean over time, averaged over
-        # a sliding window.
-        mean_under_block = F.avg_pool2d(motion.mean(0, keepdim=True), size, stride=1).flatten()
-        weights = mean_under_block ** masking.motion_strength
-        guided = weights.sum() > 0  # else nothing moves in this clip
+    weights = torch.zeros(h - rows + 1, w - columns + 1)  # of places for the top left corner
+    if motion is not None:  # its mean under a block: over time, then over a sliding window
+        means = F.avg_pool2d(motion.mean(0, keepdim=True), size, stride=1)[0]
+        weights = means ** masking.motion_strength
 
     masked = torch.zeros(grid, dtype=torch.bool)
-    for _ in range(blocks):
-        if guided and torch.rand((), generator=generator).item() >= masking.uniform_share:
-            corner = torch.multinomial(weights, 1, generator=generator).item()
+    for _ in range(blocks):  # anywhere where nothing moves
+        if weights.any() and torch.rand((), generator=generator).item() >= masking.uniform_share:
+            corner = torch.multinomial(weights.flatten(), 1, generator=generator).item()
         else:
-            corner = torch.randint(corners[0] * corners[1], (), generator=generator).item()
-        top, left = divmod(corner, corners[1])
+            corner = torch.randint(weights.numel(), (), generator=generator).item()
+        top, left = divmod(corner, w - columns + 1)
         masked[:, top:top + rows, left:left + columns] = True
-
-    if masking.first_steps < 1.0:
-        masked[max(1, int(masking.first_steps * t)):] = True
+    masked[max(1, int(masking.first_steps * t)):] = True
     return masked
 
 
@@ -132,13 +114,12 @@ def equal_counts(masks, generator=None):
 
 def sample_masks(motion, grid, masking, generator, sizes):
     """Draw both masks of a batch: a list of (visible [B, n], masked [B, k]), sorted token ids.
-    motion: of each clip, as `place_blocks` takes it.
 
     One block size per mask for the whole batch, positions per clip. A clip with nothing left to see
     is drawn again; then all clips are cut to the batch's smallest counts, dropping the end of the
-    raster order, that is late time steps (tests/results/README.md, departure 13). Future-predictive
-    masks lose no token: what is not visible is predicted. sizes: a generator of block sizes alone,
-    equal for all micro-batches of a step. ValueError where the grid is too small for the blocks.
+    raster order, that is late time steps (lab report, departure 13). Future-predictive masks lose
+    no token: what is not visible is predicted. motion: of each clip, as `place_blocks` takes it.
+    sizes: a generator of block sizes alone, equal for all micro-batches of a step.
     """
     masks, at_random = [], None
     if masking.random_cut:
@@ -151,15 +132,14 @@ def sample_masks(motion, grid, masking, generator, sizes):
                 if not mask.all():
                     break
             else:
-                raise ValueError(f"no mask of {blocks} blocks of {size[0]}x{size[1]} tokens "
-                                 f"leaves anything visible on a token grid of {grid}; use a larger "
-                                 "crop or smaller patches")
+                raise ValueError(f"no mask of {blocks} blocks of {size[0]}x{size[1]} tokens leaves "
+                                 f"anything visible on a token grid of {grid}; use a larger crop "
+                                 "or smaller patches")
             hidden.append(mask.flatten())
 
         visible = equal_counts([~mask for mask in hidden], at_random)  # (B, n)
         if masking.first_steps < 1.0:
-            hidden = torch.ones(len(motion), math.prod(grid), dtype=torch.bool)
-            hidden = hidden.scatter(1, visible, False)
+            hidden = torch.ones(len(motion), math.prod(grid)).bool().scatter(1, visible, False)
         masks.append((visible, equal_counts(hidden, at_random)))  # (B, n), (B, k)
     return masks
 
@@ -169,17 +149,15 @@ def draw_masks(clips, positions, sizes, grid, masking):
     waits for it. positions, sizes: the generators of where blocks lie, and how large they are."""
     motion = [None] * len(clips)
     if masking.motion_strength:
-        pixels = normalise(middle_pixels(clips, grid))
-        motion = motion_map(pixels, grid, masking.maxima_mixed_up)
+        motion = motion_map(normalise(middle_pixels(clips, grid)), grid, masking.maxima_mixed_up)
     return sample_masks(motion, grid, masking, positions, sizes)
 
 
 # ----------------------------------------------------------------------- what a term may look at
 
-
 class MaskOutputs(NamedTuple):
     """One mask of a batch, and what the networks made of it."""
-    visible: torch.Tensor  # [B, n] token ids, ascending: `find_pairs` searches them
+    visible: torch.Tensor  # [B, n] token ids, ascending: `mean_over_pairs` searches them
     masked: torch.Tensor  # [B, k] token ids
     z: torch.Tensor  # [B, n, 4D] encoder features of the visible tokens
     p: torch.Tensor  # [B, k, 4D] predictions at masked tokens
@@ -206,36 +184,33 @@ class Pairs(NamedTuple):
     valid: torch.Tensor  # [B, n] is the next one visible? Where it is not, Z+ and H+ mean nothing
 
 
-def find_pairs(mask, outputs, part):
-    """The `Pairs` of one `MaskOutputs`. part: a function that takes the channels of Z it needs."""
-    _, rows, columns = outputs.grid
-    wanted = mask.visible + rows * columns
-    index = torch.searchsorted(mask.visible, wanted).clamp(max=mask.visible.shape[1] - 1)
-    valid = mask.visible.gather(1, index) == wanted  # (B, n)
-    later = wanted.clamp(max=math.prod(outputs.grid) - 1)
-    z, h = part(mask.z), outputs.h.detach()
-    now, then = take(h, mask.visible), take(h, later)  # (B, n, 4D) each
-    return Pairs(z, take(z, index), now, then, mask.visible, later, valid)
-
-
 def mean_over_masks(errors):
     """Average over masks of the mean error at a mask's valid positions; a mask without any is left
-    out, and without any mask it is zero. errors: for each mask (error, valid), both [B, n]."""
+    out. errors: for each mask (error, valid), both [B, n]."""
     total, used = 0.0, 0.0
     for error, valid in errors:
         if error.shape != valid.shape:
             raise ValueError(f"its errors have the shape {list(error.shape)} instead of "
                              f"{list(valid.shape)}; average them over channels")
         count = valid.sum()
-        total = total + (error * valid).sum() / count.clamp(min=1)
-        used = used + (count > 0)
+        total += (error * valid).sum() / count.clamp(min=1)
+        used += (count > 0)
     return total / used.clamp(min=1)
 
 
-def mean_over_pairs(outputs, error, part=lambda z: z):
-    """Average of error(pairs), [B, n], over the pairs of each mask. part: as in `find_pairs`."""
-    pairs = [find_pairs(mask, outputs, part) for mask in outputs.masks]
-    return mean_over_masks([(error(each), each.valid) for each in pairs])
+def mean_over_pairs(outputs, error, part=None):
+    """Average of error(`Pairs`), [B, n], over each mask's pairs. part: cuts the channels of Z."""
+    _, rows, columns = outputs.grid
+    h, errors = outputs.h.detach(), []
+    for visible, _, z, *_ in outputs.masks:
+        z = part(z) if part else z
+        wanted = visible + rows * columns
+        index = torch.searchsorted(visible, wanted).clamp(max=visible.shape[1] - 1)
+        valid = visible.gather(1, index) == wanted  # (B, n)
+        later = wanted.clamp(max=h.shape[1] - 1)
+        at = Pairs(z, take(z, index), take(h, visible), take(h, later), visible, later, valid)
+        errors.append((error(at), valid))
+    return mean_over_masks(errors)
 
 
 def distance(a, b):
@@ -244,8 +219,7 @@ def distance(a, b):
 
 
 def appearance(z):
-    """The first half of the channels, the two shallow levels: [..., 4D] -> [..., 2D]. The cut
-    separates depths, not channels of one depth."""
+    """The first half of the channels, the two shallow levels: [..., 4D] -> [..., 2D]."""
     return z[..., :z.shape[-1] // 2]
 
 
@@ -254,18 +228,12 @@ def dynamics(z):
     return z[..., z.shape[-1] // 2:]
 
 
-def seen_by_head(dynamics_only):
-    """The part of Z that a head sees: the deep levels, or all of it."""
-    return dynamics if dynamics_only else lambda z: z
-
-
 def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The sum over ranks. Every rank's loss depends on it, so its gradient is the sum of all ranks'
-    gradients."""
+    """The sum over ranks. The loss of every rank depends on it, so its gradient sums over ranks."""
 
     @staticmethod
     def forward(ctx, value):
@@ -279,15 +247,13 @@ class SumOverRanks(torch.autograd.Function):
 
 
 def mean_over_ranks(value):
-    """Average over the processes of a distributed run, with gradient; the value itself in a run of
-    one."""
+    """Average over the processes of a distributed run, with gradient."""
     if not dist.is_initialized():
         return value
     return SumOverRanks.apply(value) / dist.get_world_size()
 
 
 # -------------------------------------------------------------------------------------- core loss
-
 
 def deviation(predicted, target, squared=False):
     """|predicted - target|: L1, since the square would chase the few tokens that cannot be
@@ -312,14 +278,12 @@ def context_loss(outputs, squared=False):
                            for tokens in (mask.visible, mask.masked))  # (B, n, 3), (B, k, 3)
         # The matrix-product shortcut of cdist would round the squares of small whole numbers.
         apart = torch.cdist(visible, masked, compute_mode="donot_use_mm_for_euclid_dist")
-        nearest = apart.amin(-1)  # (B, n)
         error = deviation(mask.c, take(outputs.h, mask.visible), squared).mean(-1)  # (B, n)
-        total = total + (error / nearest.sqrt()).mean()
+        total += (error / apart.amin(-1).sqrt()).mean()
     return total / len(outputs.masks)
 
 
 # -------------------------------------------------------------------------------- auxiliary terms
-
 
 def hard_weights(error):
     """n softmax(error) over the last of the axes [..., n], without gradient; their mean is 1."""
@@ -332,7 +296,7 @@ def masked_errors(outputs):
 
 
 def hard_weighting(outputs):
-    """Hard-region weighting: mean(w e), e = |p - h[masked]|, w = k softmax(e) over the clip's k
+    """Hard-region weighting: mean(w e), e = |p - h[masked]|, w = k softmax(e) over a clip's k
     tokens, without gradient. With e of order 1 the weights stay close to uniform."""
     errors = masked_errors(outputs)
     return sum((hard_weights(e) * e).mean() for e in errors) / len(errors)
@@ -352,28 +316,22 @@ def change_matching(outputs):
 
 
 def latent_dynamics(outputs, head, dynamics_only=False, hard=False, detached=False):
-    """Latent dynamics: mean |d(Z) - (H+ - H)| over pairs, d a small head.
-
-    dynamics_only: d sees the deep levels alone (with fwm). hard: each pair weighs n_pairs
-    softmax(error) over all pairs of the batch, without gradient (with hw). detached: the
-    hard-weighted mean has none either, so the term trains nothing, as in the released code
-    (tests/results/README.md, departure 1).
-    """
+    """Latent dynamics: mean |d(Z) - (H+ - H)| over pairs, d a small head. dynamics_only: d sees the
+    deep levels alone. hard: each pair weighs n_pairs softmax(error) over all pairs of the batch,
+    without gradient. detached: nor has the mean any, as released (lab report, departure 1)."""
     def error(at):
         e = distance(head(at.z), at.h_next - at.h)  # (B, n)
         if hard:
             score = e.detach().masked_fill(~at.valid, torch.finfo(e.dtype).min)
             e = e * at.valid.sum() * score.flatten().softmax(0).view_as(e)
         return e.detach() if detached else e
-    return mean_over_pairs(outputs, error, seen_by_head(dynamics_only))
+    return mean_over_pairs(outputs, error, dynamics if dynamics_only else None)
 
 
 def static_appearance(outputs):
     """Factorised world model, first half: mean |A+ - A| over pairs, A the shallow levels of Z.
-
-    Alone it collapses: a constant encoder makes it zero, and with the targets following the encoder
-    the core loss falls as well. Only a term that asks for change, such as ld, holds against it.
-    """
+    Alone it collapses: a constant encoder makes it zero, and with targets that follow it the core
+    loss falls as well. Only a term that asks for change, such as ld, holds against it."""
     return mean_over_pairs(outputs, lambda at: distance(at.z_next, at.z), appearance)
 
 
@@ -386,30 +344,23 @@ def uncorrelated_factors(outputs):
         with torch.autocast(mask.z.device.type, enabled=False):
             z = at_least_float32(mask.z).flatten(0, 1)  # (B*n, 4D)
             z = z - z.mean(0)
-            covariance = appearance(z).T @ dynamics(z) / (len(z) - 1)  # (2D, 2D)
-            total = total + covariance.square().mean()
+            total += (appearance(z).T @ dynamics(z) / (len(z) - 1)).square().mean()  # of (2D, 2D)
     return total / len(outputs.masks)
 
 
 def temporal_spectrum(outputs):
-    """Temporal spectrum: mean |w (FFT(Z) - FFT(H))| at places visible at every one of t >= 4 time
-    steps.
-
-    Real FFT over time; w rises linearly from 0.1 at the constant frequency to 1.0; |.| is the
-    complex magnitude.
-    """
+    """Temporal spectrum: mean |w (FFT(Z) - FFT(H))| at places visible at each of t >= 4 time steps.
+    Real FFT over time, |.| the complex magnitude; w rises linearly from 0.1 at frequency 0 to 1."""
     t, h, w = outputs.grid
 
     def errors(mask):
-        difference = at_least_float32(mask.z - take(outputs.h.detach(), mask.visible))  # (B, n, 4D)
-        tokens = mask.visible.unsqueeze(-1).expand_as(difference)
-        whole = torch.zeros_like(outputs.h, dtype=difference.dtype).scatter(1, tokens, difference)
+        tokens = mask.visible.unsqueeze(-1).expand_as(mask.z)
+        z = torch.zeros_like(outputs.h, dtype=mask.z.dtype).scatter(1, tokens, mask.z)
+        difference = at_least_float32(z - outputs.h.detach())  # (B, N, 4D)
+        magnitude = torch.fft.rfft(difference.unflatten(1, (t, h * w)), dim=1).abs()
+        weight = torch.linspace(0.1, 1, t // 2 + 1, device=z.device, dtype=magnitude.dtype)
         steps_seen = F.one_hot(mask.visible % (h * w), h * w).sum(1)  # (B, h*w)
-
-        magnitude = torch.fft.rfft(whole.unflatten(1, (t, h * w)), dim=1).abs()
-        weight = torch.linspace(0.1, 1.0, t // 2 + 1, device=whole.device, dtype=whole.dtype)
-        error = (weight.view(-1, 1, 1) * magnitude).mean((1, 3))  # (B, h*w)
-        return error, (steps_seen == t) & (t >= 4)
+        return (weight.view(-1, 1, 1) * magnitude).mean((1, 3)), (steps_seen == t) & (t >= 4)
     return mean_over_masks(map(errors, outputs.masks))
 
 
@@ -427,21 +378,19 @@ def action_conditioned(outputs, head, dynamics_only=False):
     cell = [pixels // tokens for pixels, tokens in zip(outputs.clips.shape[2:], outputs.grid)]
     rgb = F.avg_pool3d(outputs.clips, cell).flatten(2).transpose(1, 2)  # (B, N, 3)
 
+
     def error(at):
         return distance(head(at.z), take(rgb, at.next_tokens) - take(rgb, at.tokens))
-    return mean_over_pairs(outputs, error, seen_by_head(dynamics_only))
+    return mean_over_pairs(outputs, error, dynamics if dynamics_only else None)
 
 
 def kinematic(outputs, order=1, huber=False, split=1.0):
-    """Smooth targets: mean |H+ - H| over the full grid, here with gradient: the target side is what
-    it trains.
-
+    """Smooth targets: mean |H+ - H| over the full grid, here with gradient: it trains the targets.
     order 2: mean |H[t+1] - 2 H[t] + H[t-1]| (order 1 where there are fewer than 3 steps). huber:
-    Huber(H+ - H, 0) with delta 0.1. split: only the first int(split 4D) channels.
-    """
+    Huber(H+ - H, 0) with delta 0.1. split: only the first int(split 4D) channels."""
     t, h, w = outputs.grid
-    channels = int(split * outputs.h.shape[-1])
-    steps = outputs.h.unflatten(1, (t, h * w))[..., :channels]  # (B, t, h*w, channels)
+    steps = outputs.h.unflatten(1, (t, h * w))  # (B, t, h*w, 4D)
+    steps = steps[..., :int(split * steps.shape[-1])]
     difference = steps.diff(n=order if t >= 3 else 1, dim=1)
     if huber:
         return F.huber_loss(difference, torch.zeros_like(difference), delta=0.1)
@@ -449,13 +398,10 @@ def kinematic(outputs, order=1, huber=False, split=1.0):
 
 
 def epps_pulley(sample, directions, count):
-    """How far from standard normal the projections of a sample [n, C] on unit directions [C, m]
-    are.
-
+    """How far from standard normal are projections of a sample [n, C] on unit directions [C, m]?
     Mean over directions of count * integral over [-3, 3] of phi(t) ((mean cos(t s) - phi(t))^2 +
     (mean sin(t s))^2) dt, phi(t) = exp(-t^2 / 2), by the trapezoid rule on 17 nodes of [0, 3],
-    doubled (LeJEPA, arXiv 2511.08544). The means are those of all ranks.
-    """
+    doubled (LeJEPA, arXiv 2511.08544). The means are those of all ranks."""
     nodes = torch.linspace(0, 3, 17, device=sample.device, dtype=sample.dtype).view(-1, 1)
     phi = torch.exp(-nodes ** 2 / 2)  # (17, 1)
     angles = nodes.unsqueeze(-1) * (sample @ directions)  # (17, n, m)
@@ -466,15 +412,11 @@ def epps_pulley(sample, directions, count):
 
 
 def sigreg(outputs, directions=1024, chunk=64):
-    """Sketched isotropic Gaussian regularisation: `epps_pulley` of all visible tokens of both
-    masks on random unit directions, drawn afresh each time, equal on all ranks.
-
-    Its count is that of the visible tokens of all micro-batches of a step on all ranks, so that the
-    term weighs the same on one GPU as on four; the statistic inside is that of the ranks' present
-    micro-batches, the only one that spans ranks, as in the paper. Directions go through in chunks
-    that the backward pass computes again, so that memory does not grow with their number; `chunk`
-    divides it.
-    """
+    """Sketched isotropic Gaussian regularisation: `epps_pulley` of the visible tokens of both masks
+    on random unit directions, drawn afresh each time, equal on all ranks. Its count is that of all
+    micro-batches of a step on all ranks, so that the term weighs the same on one GPU as on four;
+    the statistic inside spans the ranks' present ones, as in the paper. Directions go in chunks
+    that the backward pass computes again, so that memory does not grow with their number."""
     with torch.autocast(outputs.h.device.type, enabled=False):
         sample = at_least_float32(torch.cat([mask.z.flatten(0, 1) for mask in outputs.masks]))
         unit = torch.randn(sample.shape[1], directions, device=sample.device, dtype=sample.dtype)
@@ -486,8 +428,7 @@ def sigreg(outputs, directions=1024, chunk=64):
 
 def energy_gradient(head, q, p):
     """dE/dq and dE/dp [B, n, 2D] of the energy network at (q, p), themselves differentiable."""
-    # torch.autograd.grad would break the graph of a compiled step; with B and n apart, every n
-    # would compile anew.
+    # autograd.grad would break a compiled graph; with B and n apart, every n would compile anew.
     x = torch.cat((q, p), dim=-1).flatten(0, 1)  # (B n, 4D)
     gradient = torch.func.grad(lambda x: head(x).sum())(x)
     return gradient.view(*q.shape[:2], -1).chunk(2, dim=-1)
@@ -495,11 +436,8 @@ def energy_gradient(head, q, p):
 
 def hamiltonian(outputs, head, dt=0.1):
     """Hamiltonian flow: mean |q' - q of H+| + mean |p' - p of H+| over pairs, from one step of
-    symplectic Euler.
-
-    Z = (q, p) in halves, E an energy network: q' = q + dt dE/dp(q, p), then p' = p - dt dE/dq(q',
-    p). The gradient of the loss runs through both derivatives.
-    """
+    symplectic Euler: Z = (q, p) in halves, E an energy network, q' = q + dt dE/dp(q, p), then
+    p' = p - dt dE/dq(q', p). The gradient of the loss runs through both derivatives."""
     def error(at):
         q, p = at.z.chunk(2, dim=-1)  # (B, n, 2D) each
         q_next, p_next = at.h_next.chunk(2, dim=-1)
@@ -518,25 +456,17 @@ def velocity_gate(outputs, percentile=0.5):
     v = steps.diff(dim=1).norm(dim=-1)  # (B, t-1, h*w)
     slow = v <= v.quantile(percentile, dim=-1, keepdim=True)
     gate = F.pad(slow.flatten(1), (0, h * w))  # (B, N); no pair begins at the last time step
-    return mean_over_pairs(outputs, lambda at: (
-        gate.gather(1, at.tokens) * distance(at.z_next, at.z)))
+    return mean_over_pairs(
+        outputs, lambda at: gate.gather(1, at.tokens) * distance(at.z_next, at.z))
 
 
 # These run outside the compiled graph: torch 2.8 fails to compile rfft and quantile.
 NOT_COMPILED = ("spectral", "velgate")
 TERMS = {
-    "hw": hard_weighting,
-    "delta": change_matching,
-    "ld": latent_dynamics,
-    "fwm_static": static_appearance,
-    "fwm_orth": uncorrelated_factors,
-    "spectral": temporal_spectrum,
-    "ltc": latent_temporal_contrast,
-    "ac": action_conditioned,
-    "kinematic": kinematic,
-    "sigreg": sigreg,
-    "hamiltonian": hamiltonian,
-    "velgate": velocity_gate,
+    "hw": hard_weighting, "delta": change_matching, "ld": latent_dynamics,
+    "fwm_static": static_appearance, "fwm_orth": uncorrelated_factors,
+    "spectral": temporal_spectrum, "ltc": latent_temporal_contrast, "ac": action_conditioned,
+    "kinematic": kinematic, "sigreg": sigreg, "hamiltonian": hamiltonian, "velgate": velocity_gate,
 }
 
 
@@ -548,9 +478,7 @@ def mlp(*widths):
     return nn.Sequential(*layers[1:])
 
 
-# Heads are small networks that a term trains along with the encoder. `seen` channels go in: all 4D,
-# or those of the deep levels.
-HEADS = {
+HEADS = {  # `seen` channels go in: all 4D, or those of the deep levels
     "ld": lambda seen, channels: mlp(seen, 256, channels),
     "ac": lambda seen, channels: mlp(seen, 256, 3),
     "hamiltonian": lambda seen, channels: mlp(channels, 256, 256, 1),
@@ -562,13 +490,12 @@ def make_heads(objective, width):
     channels, heads = LEVELS * width, nn.ModuleDict()
     for name, term in objective.terms.items():
         if name in HEADS:
-            seen = channels // 2 if term.options.get("dynamics_only") else channels
+            seen = channels // 2 if "dynamics_only" in term.options else channels
             heads[name] = HEADS[name](seen, channels)
     return heads
 
 
 # ----------------------------------------------------------------------------- the named objectives
-
 
 @dataclass(frozen=True)
 class Term:
@@ -580,8 +507,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Objective:
-    """One line of the paper: what is added to the core loss, how masks are drawn, where targets
-    come from."""
+    """What is added to the core loss, how masks are drawn, where targets come from."""
     regime: str  # the paper's training data: "mixed", "ucf101" or "both"
     about: str
     terms: dict = field(default_factory=dict)
@@ -593,119 +519,90 @@ class Objective:
 
     @property
     def evaluated(self):
-        """Which network the probes look at: "target", or "encoder" where without EMA the target
-        never learns."""
+        """The network that is probed: "encoder" where without EMA the target never learns."""
         return "target" if self.ema or self.stale_target else "encoder"
 
 
 def released_form(objective):
-    """The same objective as the released code computes and evaluates it (tests/results/README.md,
-    departures 1, 2 and 10; of 11 it is data.py that draws masks alike)."""
+    """The same objective as the released code computes and evaluates it (lab report, departures 1,
+    2 and 10; of 11 it is data.py that draws masks alike)."""
     terms = dict(objective.terms)
     for name, term in terms.items():
         if "hard" in term.options:
             terms[name] = replace(term, options={**term.options, "detached": True})
-    guided = objective.masking.motion_strength > 0
-    masking = replace(objective.masking, maxima_mixed_up=guided)
+    masking = replace(objective.masking, maxima_mixed_up=True)
     return replace(objective, terms=terms, masking=masking, stale_target=True)
 
 
+# The collapse laboratory: an objective without one ingredient. Without the predictor's blocks, no
+# prediction at a masked place depends on what is visible; train.py leaves them out.
 ABLATIONS = {
-    "stop_gradient": {"ema": False},
-    "predictor": {},
-    "level_norm": {"level_norm": False},
-    "l1": {"squared": True},
-    "cut": {},
+    "stop_gradient": lambda full: replace(full, ema=False),
+    "predictor": lambda full: full,
+    "level_norm": lambda full: replace(full, level_norm=False),
+    "l1": lambda full: replace(full, squared=True),
+    "cut": lambda full: replace(full, masking=replace(full.masking, random_cut=True)),
 }
-
-
-def without(objective, ingredient):
-    """The collapse laboratory: an objective without one of the ABLATIONS. Raises ValueError where
-    it has none.
-
-    "predictor" takes away its blocks, so that no prediction at a masked place depends on what is
-    visible: train.py.
-    """
-    if ingredient == "cut":
-        if objective.masking.first_steps < 1.0:
-            raise ValueError("--ablate cut needs masks that are cut; those of this objective lose "
-                             "no token")
-        return replace(objective, masking=replace(objective.masking, random_cut=True))
-    return replace(objective, **ABLATIONS[ingredient])
-
 
 FWM = {"fwm_static": Term(0.05), "fwm_orth": Term(0.01)}
 GUIDED = Masking(motion_strength=2.0, uniform_share=0.1)
-STRONGLY_GUIDED = Masking(motion_strength=5.0, uniform_share=0.0)
-FUTURE, GUIDED_FUTURE = Masking(first_steps=0.5), replace(GUIDED, first_steps=0.5)
+STRONGLY_GUIDED = Masking(motion_strength=5.0)
 DEEP, HARD = {"dynamics_only": True}, {"hard": True}
+
+mixed, ucf101 = partial(Objective, "mixed"), partial(Objective, "ucf101")
+no_ema = partial(ucf101, ema=False)
 
 OBJECTIVES = {
     "baseline": Objective("both", "the core loss alone"),
     "motion_guided": Objective("both", "masks fall where things move", masking=GUIDED),
-    "amg": Objective("mixed", "masks fall almost only where things move most",
-                     masking=STRONGLY_GUIDED),
-    "hw": Objective("mixed", "badly predicted tokens count more", {"hw": Term(0.3)}),
-    "delta": Objective("mixed", "features change over time as targets do", {"delta": Term(0.5)}),
-    "combo": Objective("mixed", "delta + hw + amg", {"delta": Term(0.5), "hw": Term(0.3)},
-                       STRONGLY_GUIDED),
-    "fwm": Objective("mixed", "shallow levels stand still and are uncorrelated with deep ones",
-                     FWM),
-    "ld": Objective("mixed", "a head predicts how targets change", {"ld": Term(1.0)}),
-    "fwm_ld": Objective("mixed", "fwm + ld from the deep levels", {**FWM, "ld": Term(1.0, DEEP)}),
-    "hw_ld": Objective("mixed", "hw + ld, both weighted by error",
-                       {"hw": Term(1.0), "ld": Term(1.0, HARD)}),
-    "fwm_hw_ld": Objective("mixed", "fwm + hw + ld: the paper's headline method",
-                           {**FWM, "hw": Term(1.0), "ld": Term(1.0, {**DEEP, **HARD})}),
-    "spectral": Objective("mixed", "the temporal spectrum of features is that of targets",
-                          {"spectral": Term(1.0)}),
-    "ltc": Objective("mixed", "features resemble their own time step more than the next",
-                     {"ltc": Term(0.5)}),
-    "ac": Objective("mixed", "a head predicts how colours change", {"ac": Term(1.0)}),
-    "ac_hw": Objective("mixed", "ac + hw", {"ac": Term(1.0), "hw": Term(0.3)}),
-    "fac": Objective("mixed", "fwm + ac from the deep levels", {**FWM, "ac": Term(1.0, DEEP)}),
-    "kinematic": Objective("ucf101", "targets change little", {"kinematic": Term(1.0)}, ema=False),
-    "kinematic_0_1": Objective("ucf101", "kinematic at a tenth", {"kinematic": Term(0.1)},
-                               ema=False),
-    "kinematic_huber": Objective("ucf101", "by a Huber loss",
-                                 {"kinematic": Term(0.1, {"huber": True})}, ema=False),
-    "kinematic_accel": Objective("ucf101", "targets accelerate little",
-                                 {"kinematic": Term(0.1, {"order": 2})}, ema=False),
-    "kinematic_split": Objective("ucf101", "shallow targets accelerate little",
-                                 {"kinematic": Term(0.1, {"order": 2, "split": 0.5})}, ema=False),
-    "kinematic_anneal": Objective("ucf101", "kinematic_accel, fading out over the run",
-                                  {"kinematic": Term(0.1, {"order": 2}, anneal=True)}, ema=False),
-    "sigreg": Objective("ucf101", "features follow an isotropic Gaussian", {"sigreg": Term(1.0)}),
-    "sigreg_no_ema": Objective("ucf101", "sigreg, targets from the encoder itself",
-                               {"sigreg": Term(1.0)}, ema=False),
-    "hamiltonian": Objective("ucf101", "an energy network moves features in time",
-                             {"hamiltonian": Term(1.0)}),
-    "velgate": Objective("ucf101", "features of slow cells stand still", {"velgate": Term(1.0)}),
-    "future_predictive": Objective("ucf101", "only the first half of the time steps is visible",
-                                   masking=FUTURE),
-    "motion_future": Objective("ucf101", "future_predictive with masks where things move",
-                               masking=GUIDED_FUTURE),
+    "amg": mixed("masks fall almost only where things move most", masking=STRONGLY_GUIDED),
+    "hw": mixed("badly predicted tokens count more", {"hw": Term(0.3)}),
+    "delta": mixed("features change over time as targets do", {"delta": Term(0.5)}),
+    "combo": mixed("delta + hw + amg", {"delta": Term(0.5), "hw": Term(0.3)}, STRONGLY_GUIDED),
+    "fwm": mixed("shallow levels stand still and are uncorrelated with deep ones", FWM),
+    "ld": mixed("a head predicts how targets change", {"ld": Term(1.0)}),
+    "fwm_ld": mixed("fwm + ld from the deep levels", {**FWM, "ld": Term(1.0, DEEP)}),
+    "hw_ld": mixed("hw + ld, both weighted by error", {"hw": Term(1.0), "ld": Term(1.0, HARD)}),
+    "fwm_hw_ld": mixed("fwm + hw + ld: the paper's headline method",
+                       {**FWM, "hw": Term(1.0), "ld": Term(1.0, {**DEEP, **HARD})}),
+    "spectral": mixed("the temporal spectrum of features is that of targets",
+                      {"spectral": Term(1.0)}),
+    "ltc": mixed("features resemble their own time step more than the next", {"ltc": Term(0.5)}),
+    "ac": mixed("a head predicts how colours change", {"ac": Term(1.0)}),
+    "ac_hw": mixed("ac + hw", {"ac": Term(1.0), "hw": Term(0.3)}),
+    "fac": mixed("fwm + ac from the deep levels", {**FWM, "ac": Term(1.0, DEEP)}),
+    "kinematic": no_ema("targets change little", {"kinematic": Term(1.0)}),
+    "kinematic_0_1": no_ema("kinematic at a tenth", {"kinematic": Term(0.1)}),
+    "kinematic_huber": no_ema("by a Huber loss", {"kinematic": Term(0.1, {"huber": True})}),
+    "kinematic_accel": no_ema("targets accelerate little", {"kinematic": Term(0.1, {"order": 2})}),
+    "kinematic_split": no_ema("shallow targets accelerate little",
+                              {"kinematic": Term(0.1, {"order": 2, "split": 0.5})}),
+    "kinematic_anneal": no_ema("kinematic_accel, fading out over the run",
+                               {"kinematic": Term(0.1, {"order": 2}, anneal=True)}),
+    "sigreg": ucf101("features follow an isotropic Gaussian", {"sigreg": Term(1.0)}),
+    "sigreg_no_ema": no_ema("sigreg, targets from the encoder itself", {"sigreg": Term(1.0)}),
+    "hamiltonian": ucf101("an energy network moves features in time", {"hamiltonian": Term(1.0)}),
+    "velgate": ucf101("features of slow cells stand still", {"velgate": Term(1.0)}),
+    "future_predictive": ucf101("only the first half of the time steps is visible",
+                                masking=Masking(first_steps=0.5)),
+    "motion_future": ucf101("future_predictive with masks where things move",
+                            masking=replace(GUIDED, first_steps=0.5)),
 }
 
 
 def describe(objective):
-    """What an objective adds to the core loss, how it masks and where its targets come from, as one
-    line of text."""
-    parts, masking = [], objective.masking
+    """An objective as one line of text."""
+    added, parts, masking = [], [], objective.masking
     for name, term in objective.terms.items():
-        options = [option if value is True else f"{option} {value}"
-                   for option, value in term.options.items()]
+        options = [f"{key} {value}".removesuffix(" True") for key, value in term.options.items()]
         if term.anneal:
             options.append("annealed")
-        text = f"{term.coefficient:g} {name}"
-        if options:
-            text += f" ({', '.join(options)})"
-        parts.append(text)
-
-    parts = [" + ".join(parts)] if parts else []
+        added.append(f"{term.coefficient:g} {name} ({', '.join(options)})".removesuffix(" ()"))
+    if added:
+        parts.append(" + ".join(added))
     if masking.motion_strength:
-        parts.append(f"motion-guided masks s={masking.motion_strength:g} "
-                     f"r={masking.uniform_share:g}")
+        s, r = masking.motion_strength, masking.uniform_share
+        parts.append(f"motion-guided masks s={s:g} r={r:g}")
     if masking.first_steps < 1:
         parts.append(f"future-predictive masks {masking.first_steps:g}")
     if not objective.ema:
@@ -715,9 +612,8 @@ def describe(objective):
 
 def objective_list():
     """The named objectives, a line each: name, regime, what it adds, in words."""
-    return "\n".join(
-        f"{name:<19}{objective.regime:<8}{describe(objective):<69}{objective.about}"
-        for name, objective in OBJECTIVES.items())
+    return "\n".join(f"{name:<19}{each.regime:<8}{describe(each):<69}{each.about}"
+                     for name, each in OBJECTIVES.items())
 
 
 # -------------------------------------------------------------------------------- losses of a step
@@ -727,12 +623,10 @@ EPOCHS = 100  # the paper's run is 100 epochs of 300 steps; a run of any length 
 
 def coefficients(objective, step, steps, ctx_weight=0.5):
     """What each loss counts for at a step (from 0) of a run of so many steps: a dict by loss name.
-
     The context loss counts nothing for the first half of the run, then rises linearly to ctx_weight
-    at its end: visible tokens are easy to copy, and what is masked should be learned first.
-    """
+    at its end: visible tokens are easy to copy, and what is masked should be learned first."""
     anneal = 0.5 * (1 + math.cos(math.pi * (EPOCHS * step // steps) / EPOCHS))
-    weights = {"pred": 1.0, "ctx": ctx_weight * min(1.0, max(0.0, 2 * step / steps - 1))}
+    weights = {"pred": 1.0, "ctx": ctx_weight * max(0.0, 2 * step / steps - 1)}
     for name, term in objective.terms.items():
         weights[name] = term.coefficient * (anneal if term.anneal else 1.0)
     return weights
@@ -745,7 +639,7 @@ def term_value(name, outputs, objective, heads):
 
 
 def losses(outputs, objective, heads, weights):
-    """Every loss of an objective by name, unweighted, then their weighted sum, "total", and with hw
+    """Every loss of an objective by name, unweighted, their weighted sum "total", and with hw
     `hard_share`. There is no "ctx" where nothing was predicted at visible tokens."""
     values = {"pred": prediction_loss(outputs, objective.squared)}
     if outputs.masks[0].c is not None:
@@ -759,20 +653,18 @@ def losses(outputs, objective, heads, weights):
 
 
 def check_terms(outputs, objective, heads):
-    """Try every term of an objective on a first batch, without touching what is drawn at random
-    later. ValueError, in a sentence that names the term, where one does not work."""
+    """Try every term on a first batch, leaving the random numbers alone. ValueError, in a sentence
+    that names the term, where one does not work."""
     for name in objective.terms:
         if name not in TERMS:
             raise ValueError(f"the objective has a term {name!r} that is not in TERMS")
         try:
             with torch.random.fork_rng():
                 value = term_value(name, outputs, objective, heads)
+            if not torch.is_tensor(value) or value.dim() or not value.isfinite():
+                raise ValueError("it gives no finite scalar tensor; average it")
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError) as error:
             what = " ".join(str(error).split())
             raise ValueError(f"the term {name!r} does not work: {what}") from error
-        if getattr(value, "shape", None) != ():
-            raise ValueError(f"the term {name!r} gives no scalar tensor; average it")
-        if not value.isfinite():
-            raise ValueError(f"the term {name!r} is {value.item()} on the first batch")

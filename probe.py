@@ -2,20 +2,16 @@
 
     (nothing more)                          the table that ends a run, then the paper's blobs
     --benchmark diving48 --root DIR         one of the paper's five benchmarks, by its recipe
-    --train-list A.csv --test-list B.csv    your own videos, a line `path label` each: both heads,
-                                            on trained and on random weights
+    --train-list A.csv --test-list B.csv    your own videos, on trained and on random weights
     ... --shots 1,5,20,all                  both heads, learning from so few clips per class
     ... --features FILE.pt                  no head: the features themselves, for code of your own
 
 An encoder is evaluated on its last level alone (D of its 4D channels), as in the paper. Features
-and results go into the checkpoint's folder. `--weights FILE` takes V-JEPA 2.1 weights in the
-place of a checkpoint, `--untrained vit_base` random ones, and their folder is below runs/.
+and results go into the checkpoint's folder or, for other weights, below runs/.
 """
 import argparse
 import functools
 import hashlib
-import io
-import json
 import math
 import os
 import sys
@@ -53,13 +49,11 @@ LINEAR = Recipe("standardised", True, 3e-3, 256, 40)  # for all labels; why: `ac
 
 def whole(least):
     """The type of a flag: a whole number, at least this."""
-    def convert(text):
+    def number(text):
         if int(text) not in range(least, 10 ** 9):
             raise argparse.ArgumentTypeError(f"{text} is not from {least} to 999999999")
         return int(text)
-
-    convert.__name__ = "int"  # argparse says "invalid int value"
-    return convert
+    return number
 
 
 def counts(text):
@@ -68,7 +62,6 @@ def counts(text):
 
 
 def parse(arguments):
-    """The command line. Flags that are wrong, or do not go together, end with argparse's words."""
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -83,27 +76,21 @@ def parse(arguments):
 
     add = parser.add_argument_group("clips").add_argument
     add("--benchmark", choices=BENCHMARKS)
-    add("--root", metavar="DIR", default=".", help="the folder of the datasets (see data.py "
-        "--check) [here]")
+    add("--root", metavar="DIR", default=".", help="of the datasets (see data.py --check) [here]")
     add("--train-list", metavar="CSV", help="videos to learn from, a line `path label` each")
     add("--test-list", metavar="CSV", help="videos to be tested on, likewise")
-    add("--frames", type=whole(1), help="of a clip [as in training, else 16]")
-    add("--crop", type=whole(1), help="in pixels [as in training, else 224]")
     add("--clips", type=whole(FEWEST_CLIPS), default=2304, metavar="N",
         help="generated clips to train a head on [%(default)s]")
 
     add = parser.add_argument_group("measurements").add_argument
     add("--shots", type=counts, metavar="K,K,...", help="labelled clips per class, or all")
-    add("--features", metavar="FILE", help="write paths, labels and pooled features "
-        "to this file, and stop")
+    add("--features", metavar="FILE", help="write paths, labels and pooled features here, and stop")
     add("--tokens", action="store_true", help="with --features: those of all tokens")
     add("--probe-epochs", type=whole(1), help="in the place of the benchmark's own")
     add("--seeds", type=whole(1), default=1, help="how many heads to train on all labels; they "
         "share one order of clips [%(default)s]")
     add("--seed", type=whole(0), default=0, help="the first, of heads and draws [%(default)s]")
-
-    add("--workers", type=whole(0), default=min(8, os.cpu_count()), help="processes that read "
-        "videos [%(default)s]")
+    add("--workers", type=whole(0), default=min(8, os.cpu_count()), help="that read videos")
 
     flags = parser.parse_args(arguments)
     if bool(flags.checkpoint) + bool(flags.weights) + bool(flags.untrained) != 1:
@@ -112,8 +99,6 @@ def parse(arguments):
         parser.error("--train-list and --test-list go together")
     if flags.train_list and flags.benchmark:
         parser.error("--benchmark and your own lists ask for different clips; give one")
-    if flags.benchmark == "blobs" and (flags.frames or flags.crop):
-        parser.error("blobs are 8 frames of 160 px: no --frames, no --crop")
     return flags
 
 
@@ -127,7 +112,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from data import command, locked, read_json, write_file, write_json
+from data import command, locked, read_json, write_json
 from model import SIZES, Encoder, load_tensors, load_vjepa, normalise, token_grid
 from synthetic import WORLDS, World
 
@@ -150,8 +135,7 @@ class Frozen(NamedTuple):
 
 
 def load_checkpoint(path):
-    """The dict that train.py saved. Raises ValueError or FileNotFoundError, in one sentence, for
-    anything else."""
+    """The dict that train.py saved; ValueError or FileNotFoundError for anything else."""
     checkpoint = load_tensors(path)
     parts = {"config", "definition", "evaluated", "step",
              "optimizer", "encoder", "target", "predictor", "heads"}
@@ -170,8 +154,7 @@ def make_encoder(config, state=None):
 
 
 def open_frozen(flags, untrained):
-    """The encoder that the command line names, or an untrained one like it. Raises ValueError or
-    OSError for a wrong file."""
+    """The encoder that the command line names, or an untrained one like it."""
     config = {"seed": flags.seed, "model": flags.untrained, "patch": 16, "tubelet": 2,
               "frames": 16, "crop": 224}
     state, folder = None, f"runs/untrained-{flags.untrained}-seed{flags.seed}"
@@ -185,12 +168,9 @@ def open_frozen(flags, untrained):
         about, folder = f"{found['model']} of {flags.weights}", f"runs/{Path(flags.weights).stem}"
     elif flags.untrained not in SIZES:
         raise ValueError(f"--untrained takes {', '.join(SIZES)}, not {flags.untrained}")
-
     try:
         if untrained:
             state, about = None, f"untrained {config['model']} of seed {config['seed']}"
-        config = {**config, "frames": flags.frames or config["frames"],
-                  "crop": flags.crop or config["crop"]}
         return Frozen(make_encoder(config, state), config, about, Path(flags.out or folder))
     except torch.OutOfMemoryError:
         raise
@@ -209,8 +189,7 @@ def last_level(encoder, clips):
 
 def encode(encoder, source, items, about, workers=0):
     """Clips of a world or a labelled source as an encoder sees them, a chunk at a time: yields
-    tokens [b, N, D], NaN for a clip that cannot be read. Raises ValueError where others are not
-    finite."""
+    tokens [b, N, D], NaN for a clip that cannot be read."""
     read = functools.partial(data.read_all, source=source)
     if isinstance(source, World):
         read = source.clips
@@ -414,19 +393,12 @@ def pick(source, most):
     return range(0, len(source), step)[:most]
 
 
-def factors(source, items):
-    """What is known of these clips: {factor: labels [n]}. Sources of data.py have one, "class"."""
-    if isinstance(source, World):
-        return source.factors(items)
-    return {"class": torch.tensor(source.labels)[items]}
-
-
 def look(encoder, source, items, about, workers=0):
-    """What an encoder sees in these clips, float16, with what is known of them:
-    {factor: Labelled}."""
+    """What an encoder sees in these clips, float16, by what is known of them: {factor: Labelled}.
+    A labelled source knows one factor, "class"."""
     tokens = torch.cat([some.half() for some in encode(encoder, source, items, about, workers)])
     return {factor: Labelled(tokens, labels.where(~tokens[:, 0, 0].isnan(), -1))
-            for factor, labels in factors(source, items).items()}
+            for factor, labels in source.factors(items).items()}
 
 
 def probe_clips(encoder, sources, count, seed=0, shots=(LABELS,), about="the encoder", workers=0):
@@ -438,60 +410,52 @@ def probe_clips(encoder, sources, count, seed=0, shots=(LABELS,), about="the enc
     """
     learn, exam = [look(encoder, source, pick(source, most), about, workers)
                    for source, most in zip(sources, (count, count // 3))]
-    few, linear = [getattr(sources[0], name, ["class"]) for name in ("few", "linear")]
-    device, seeds, found = encoder.video.device, range(seed, seed + DRAWS), {}
-    for k in shots:
-        found[str(k or "all")] = {
-            factor: accuracies(FEW, learn[factor], exam[factor], seeds, device, k, factor)
-            for factor in few}
-    found["linear"] = {
-        factor: accuracies(LINEAR, learn[factor], exam[factor], [seed], device, 0, factor)[0]
-        for factor in linear}
+
+    def top1(recipe, factor, draws, k):
+        return accuracies(recipe, learn[factor], exam[factor], range(seed, seed + draws),
+                          encoder.video.device, k, factor)
+
+    found = {str(k or "all"): {factor: top1(FEW, factor, DRAWS, k) for factor in sources[0].few}
+             for k in shots}
+    found["linear"] = {factor: top1(LINEAR, factor, 1, 0)[0] for factor in sources[0].linear}
     return found
 
 
 def along(encoder, sources):
-    """What few labels tell of an encoder while it trains: {factor, or "class": top-1 %}.
-
-    One attentive head each, trained briefly, from `LABELS` clips per class of a world or a labelled
-    source. It takes about a second, and leaves the random numbers of the run alone.
-    """
+    """What few labels tell of an encoder while it trains, {factor: top-1 %}: one attentive head
+    each, trained briefly, from `LABELS` clips per class of a world or a labelled source. It takes
+    about a second, and leaves the random numbers of the run alone."""
     items = [pick(source, most) for source, most in zip(sources, (ALONG_TRAIN, ALONG_TEST))]
     # Only clips with a label for the finest factor are looked at; the others draw from these.
-    finest = max(factors(sources[0], items[0]).values(), key=torch.Tensor.max)
+    finest = max(sources[0].factors(items[0]).values(), key=torch.Tensor.max)
     items[0] = torch.tensor(items[0])[draw_shots(finest, LABELS, 0) >= 0].tolist()
     learn, exam = [look(encoder, *each, "the probe") for each in zip(sources, items)]
     recipe = FEW._replace(steps=FEW.steps * 2 // 3)  # one must not wait for it
     return {factor: accuracies(recipe, learn[factor], exam[factor], [0], encoder.video.device,
-                               LABELS, factor)[0]
-            for factor in getattr(sources[0], "few", ["class"])}
+                               LABELS, factor)[0] for factor in sources[0].few}
 
 
 def show(rows, sources, count):
     """Print what `probe_clips` found of these sources, {name of an encoder: found}, as a table
     beside chance."""
-    learn = max(factors(sources[0], pick(sources[0], count)).values(), key=torch.Tensor.max)
+    learn = max(sources[0].factors(pick(sources[0], count)).values(), key=torch.Tensor.max)
     classes = getattr(sources[0], "classes", {"class": len(learn.unique())})
-    kind = "generated" if isinstance(sources[0], World) else "of your"
-    exam = pick(sources[1], count // 3)
-    print(f"\nTop-1 % on {len(exam):,} {kind} clips, held out; ± over {DRAWS} draws of so many "
-          f"labels per class\nfor an attentive head; linear head: all {len(learn):,} labels"
-          + too_few(learn, LABELS))
+    print(f"\nTop-1 % on {len(pick(sources[1], count // 3)):,} held-out clips; ± over {DRAWS} "
+          "draws of so many labels per class\nfor an attentive head; linear head: all "
+          f"{len(learn):,} labels" + too_few(learn, LABELS))
     table = {"": {name: name for name in classes}}
     for name, found in rows.items():
         for kind, values in found.items():
-            table[f"{name}, {kind}"] = {
-                factor: f"{np.mean(tops):5.1f}" + spread(tops) for factor, tops in values.items()}
-    table["chance"] = {name: f"{100 / many:5.1f}" for name, many in classes.items()}
+            table[f"{name}, {kind}"] = {factor: mean(tops) for factor, tops in values.items()}
+    table["chance"] = {name: mean(100 / many) for name, many in classes.items()}
     for name, cells in table.items():
         print(f"{name:<24}" + "".join(f"{cells.get(factor, ''):<14}" for factor in classes))
 
 
-def spread(values):
-    """The standard deviation, as text, of a list of more than one."""
-    if np.size(values) < 2:
-        return ""
-    return f" ± {np.std(values, ddof=1):.1f}"
+def mean(values):
+    """The mean and, of more than one value, the standard deviation, as text."""
+    spread = f" ± {np.std(values, ddof=1):.1f}" if np.size(values) > 1 else ""
+    return f"{np.mean(values):5.1f}{spread}"
 
 
 def too_few(labels, k):
@@ -506,8 +470,7 @@ def too_few(labels, k):
 
 
 def open_sources(flags, frames, crop):
-    """The labelled clips that the command line asks for: their name, and the sources to train and
-    test on."""
+    """The name of the clips that the command line asks for, and sources to train and test on."""
     if flags.train_list:
         lists = [Path(path).resolve() for path in (flags.train_list, flags.test_list)]
         sources = [data.Clips(*data.own_videos(path), frames, crop) for path in lists]
@@ -528,17 +491,15 @@ def open_sources(flags, frames, crop):
         name = flags.benchmark
         sources = [data.open_dataset(name, flags.root, split, frames, crop)
                    for split in ("train", "test")]
-    if flags.frames or flags.crop:  # results of other clips than usual have files of their own
-        name += f"-{frames}x{crop}"
     return name, *sources
 
 
 def fingerprint(*parts):
-    """SHA-256 of tensors, byte for byte, and of anything else as JSON."""
+    """SHA-256 of tensors, byte for byte, and of anything else as Python writes it."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part.cpu().numpy().tobytes() if torch.is_tensor(part)
-                      else json.dumps(part).encode())
+        tensor = torch.is_tensor(part)
+        digest.update(part.cpu().numpy().tobytes() if tensor else repr(part).encode())
     return digest.hexdigest()
 
 
@@ -547,20 +508,15 @@ def encoder_fingerprint(encoder):
 
 
 def clips_fingerprint(source):
-    """Of which clips they are: path, size and time of each file, or the generator and its seed;
-    their labels, and what is seen of them."""
-    files = [os.path.exists(path) and (os.path.getsize(path), os.stat(path).st_mtime_ns)
-             for path in source.paths]
-    seed = source.blobs.first if hasattr(source, "blobs") else None
-    return fingerprint(source.paths, files, seed, source.labels, source.frames, source.crop)
+    """Of which clips they are: path and time of each file, labels, and what is seen of them."""
+    times = [os.path.exists(path) and os.stat(path).st_mtime_ns for path in source.paths]
+    return fingerprint(source.paths, times, source.labels, source.frames, source.crop)
 
 
 def extract(frozen, source, name, pooled, workers):
-    """Last-level features of every clip, as Labelled, and what a result says of them, a dict.
-
-    They lie in one file, clip by clip, below features-NAME, named after all that they depend on.
-    Its length says how far it came, so that a killed extraction goes on.
-    """
+    """Last-level features of every clip, as Labelled, and what a result says of them, a dict. They
+    lie in one file, clip by clip, below features-NAME, named after all that they depend on. Its
+    length says how far it came, so that a killed extraction goes on."""
     encoder, clips = frozen.encoder, clips_fingerprint(source)
     code = [Path(__file__).with_name(each).read_text()
             for each in ("model.py", "data.py", "synthetic.py", "probe.py")]
@@ -591,57 +547,50 @@ def extract(frozen, source, name, pooled, workers):
     if unreadable.any():
         print(f"{unreadable.sum():,} of {len(source):,} clips of {name} cannot be read and are "
               f"left out (data.py --check says why); to try them again, delete {path}")
-    about = {"unreadable": np.array(source.paths)[unreadable].tolist(), "identity": identity,
-             "source": clips}
+    about = {"unreadable": np.array(source.paths)[unreadable].tolist(), "source": clips}
     return Labelled(features, torch.tensor(source.labels).where(~unreadable, -1)), about
 
 
 # ---------------------------------------------------------------------------------- measurements
 
 
-def measure(recipe, train, test, flags, device):
-    """Print and return what the command line asks for: {measurement: {"values": [%], "how": {}}}.
-    Those of the same clips with equal "how", which ends with a hash of all labels, used the same
-    draws and can be compared in pairs."""
-    found, hashed = {}, fingerprint(train.labels, test.labels)
-    pooled = train.pool(), test.pool()
-    for k in flags.shots:  # 0: all labels
-        few = FEW, FEW._replace(head="standardised", pooled=True)
-        for each in few if k else (recipe, LINEAR):
-            if each.epochs and flags.probe_epochs:
-                each = each._replace(epochs=flags.probe_epochs)
-            seeds = [*range(flags.seed, flags.seed + (DRAWS if k else flags.seeds))]
-            sets = pooled if each.pooled else (train, test)
-            name = f"{k or 'all'} labels, {each.head} head"
-            values = accuracies(each, *sets, seeds, device, k, name)
-            how = {**each._asdict(), "k": k, "seeds": seeds, "labels": hashed}
-            found[name] = {"values": values, "how": how}
-            print(f"    {name:<36} top-1 {np.mean(values):5.1f}{spread(values)} over {len(values)}"
-                  + too_few(train.labels, k), flush=True)
-    return found
-
-
 def evaluate(frozen, name, sources, flags):
-    """Measure what the command line asks for, and write it to results-NAME.json in the encoder's
-    folder. Other measurements that this file holds of the same encoder and clips stay."""
+    """Measure what the command line asks for, print it, and write it to results-NAME.json in the
+    encoder's folder: {measurement: {"values": [%], "how": {}}}. Others that the file holds of the
+    same encoder and clips stay. Those of the same clips with equal "how" used the same draws and
+    can be compared in pairs."""
     recipe = BENCHMARKS["diving48" if flags.train_list else flags.benchmark or "blobs"]
     if frozen.about.startswith("untrained"):
         name += "-untrained"
     path = frozen.folder / f"results-{name}.json"
-    before = read_json(path)  # before hours of extraction: it may be damaged
+    before, found = read_json(path), {}  # before hours of extraction: it may be damaged
     (train, about_train), (test, about_test) = [
         extract(frozen, source, f"{name}-{split}", recipe.pooled, flags.workers)
         for split, source in zip(("train", "test"), sources)]
     classes = len({*sources[0].labels, *sources[1].labels})
     print(f"{frozen.about}, {name}: {len(sources[0]):,} clips to learn from, {len(sources[1]):,} "
           f"to be tested on, {classes} classes, chance {100 / classes:.1f}")
-    measurements = measure(recipe, train, test, flags, frozen.encoder.video.device)
+
+    pooled = train.pool(), test.pool()
+    for k in flags.shots:  # 0: all labels
+        few = FEW, FEW._replace(head="standardised", pooled=True)
+        for each in few if k else (recipe, LINEAR):
+            if each.epochs and flags.probe_epochs:
+                each = each._replace(epochs=flags.probe_epochs)
+            seeds = [flags.seed + i for i in range(DRAWS if k else flags.seeds)]
+            measurement = f"{k or 'all'} labels, {each.head} head"
+            values = accuracies(each, *(pooled if each.pooled else (train, test)), seeds,
+                                frozen.encoder.video.device, k, measurement)
+            how = {**each._asdict(), "k": k, "seeds": seeds}
+            found[measurement] = {"values": values, "how": how}
+            print(f"    {measurement:<36} top-1 {mean(values)} over {len(values)}"
+                  + too_few(train.labels, k), flush=True)
 
     what = {"encoder": frozen.about, "sha256": encoder_fingerprint(frozen.encoder),
             "train": about_train, "test": about_test}
     if all(before.get(key) == value for key, value in what.items()):
-        measurements = before["measurements"] | measurements
-    write_json(path, {**what, "measurements": measurements})
+        found = before["measurements"] | found
+    write_json(path, {**what, "measurements": found})
     print(f"written to {path}")
 
 
@@ -651,18 +600,16 @@ def write_features(frozen, name, sources, flags):
     for split, source in zip(("train", "test"), sources):
         (features, labels), _ = extract(frozen, source, f"{name}-written-{split}", not flags.tokens,
                                         flags.workers)
-        if not flags.tokens:
-            features = features.squeeze(1)
         there = labels >= 0
-        content[split] = {"paths": np.array(source.paths)[there].tolist(),
-                          "labels": labels[there], "features": features[there]}
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_file(Path(flags.features), buffer.getvalue())
+        content[split] = {
+            "paths": np.array(source.paths)[there].tolist(), "labels": labels[there],
+            "features": features[there] if flags.tokens else features[there, 0]}
+    with open(flags.features, "wb") as file:
+        torch.save(content, file)
     print(f"written to {flags.features}")
 
 
-@command("probe.py", smaller="number of --clips or --frames, or --crop",
+@command("probe.py", smaller="number of --clips",
          stopped="stopped; the same command goes on with the features that are done")
 def main(arguments=None):
     flags = parse(arguments)

@@ -189,9 +189,9 @@ import probe
 from data import command, locked, read_json, write_file, write_json
 from model import (SIZES, Block, Encoder, Predictor, level_normalise, load_vjepa, normalise,
                    token_grid)
-from objectives import (NOT_COMPILED, OBJECTIVES, TERMS, MaskOutputs, Outputs, check_terms,
-                        coefficients, draw_masks, losses, make_heads, mean_over_ranks,
-                        objective_list, released_form, without)
+from objectives import (ABLATIONS, NOT_COMPILED, OBJECTIVES, TERMS, MaskOutputs, Outputs,
+                        check_terms, coefficients, draw_masks, losses, make_heads, mean_over_ranks,
+                        objective_list, released_form)
 from synthetic import WORLDS
 
 
@@ -263,7 +263,7 @@ def build(config):
     if config.as_released:
         objective = released_form(objective)
     if config.ablate:
-        objective = without(objective, config.ablate)
+        objective = ABLATIONS[config.ablate](objective)
     if config.ablate == "predictor":
         size = size._replace(predictor_depth=0)
     torch.manual_seed(config.seed)

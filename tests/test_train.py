@@ -890,7 +890,6 @@ def test_a_flag_that_is_wrong_is_named_at_once(tmp_path, capsys, flags, sentence
         "--frames 7": "tubelets of 2",
         "--device mps": "torch finds no such device",
         "--batch 6 --micro-batch 4": "a batch of 6 is not a multiple",
-        "--objective future_predictive --ablate cut": "--ablate cut needs masks that are cut",
     }.items(),
 )
 def test_settings_that_do_not_fit_are_one_sentence_and_nothing_is_written(
@@ -1023,7 +1022,7 @@ def test_a_run_ends_with_a_table_of_what_result_json_holds(tmp_path, monkeypatch
         and f"{tmp_path}/run/curves.png" in output
     )
     heading, kinds, columns, *table = output[output.index("Top-1") :].splitlines()[:8]
-    assert heading.startswith("Top-1 % on 64 generated clips, held out; ± over 5 draws")
+    assert heading.startswith("Top-1 % on 64 held-out clips; ± over 5 draws")
     assert "linear head: all 192 labels" in kinds
     assert columns.split() == ["direction", "speed", "appearance", "motion"]
     for name in ("untrained", "trained"):
@@ -1202,7 +1201,7 @@ def test_labelled_videos_of_your_own_end_with_their_table(tmp_path, videos, monk
         out = tmp_path / f"run{count}"
         assert train.main([*flags, *more, "--out", str(out)]) == 0
         output = capsys.readouterr().out
-        assert f"Top-1 % on {count} of your clips" in output and "; 6 videos, 64 tokens" in output
+        assert f"Top-1 % on {count} held-out clips" in output and "; 6 videos, 64 tokens" in output
         assert ("every third clip of a class is held out" in output) == (not more)
         found = json.loads((out / "result.json").read_text())
         assert [*found["trained"]["5"]] == [*found["untrained"]["linear"]] == ["class"]
