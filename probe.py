@@ -46,7 +46,6 @@ LINEAR = Recipe("standardised", True, 3e-3, 256, 40)  # for all labels; why: `ac
 
 # ------------------------------------------------------------------------------ the command line
 
-
 def whole(least):
     """The type of a flag: a whole number, at least this."""
     def number(text):
@@ -90,7 +89,8 @@ def parse(arguments):
     add("--seeds", type=whole(1), default=1, help="how many heads to train on all labels; they "
         "share one order of clips [%(default)s]")
     add("--seed", type=whole(0), default=0, help="the first, of heads and draws [%(default)s]")
-    add("--workers", type=whole(0), default=min(8, os.cpu_count()), help="that read videos")
+    add("--workers", type=whole(0), default=min(8, os.cpu_count()),
+        help="processes that read videos [%(default)s]")
 
     flags = parser.parse_args(arguments)
     if bool(flags.checkpoint) + bool(flags.weights) + bool(flags.untrained) != 1:
@@ -124,7 +124,6 @@ MOST_CLASSES = 100_000  # a head has an output for each; a larger label is a dat
 
 
 # ------------------------------------------------------------------------------ frozen encoders
-
 
 class Frozen(NamedTuple):
     """A frozen encoder under evaluation."""
@@ -208,7 +207,6 @@ def encode(encoder, source, items, about, workers=0):
 
 
 # ---------------------------------------------------------------------------------------- heads
-
 
 class Labelled(NamedTuple):
     """What a head learns from, or is tested on."""
@@ -379,7 +377,6 @@ def accuracies(recipe, train, test, seeds, device, shots=0, progress=""):
 
 # ----------------------------------------------------------- the table of a run, and along a run
 
-
 def held_out(encoder, config):
     """Two worlds like a run's, whose clips no run trains on: to learn from, and to be tested on."""
     world = WORLDS[config.get("world", "default")]
@@ -468,7 +465,6 @@ def too_few(labels, k):
 
 # ------------------------------------------------------------------- sources, features in a file
 
-
 def open_sources(flags, frames, crop):
     """The name of the clips that the command line asks for, and sources to train and test on."""
     if flags.train_list:
@@ -481,7 +477,7 @@ def open_sources(flags, frames, crop):
         both = {*sources[0].paths} & {*sources[1].paths}
         if both:
             print(f"in both lists: {len(both):,} of {len(sources[1]):,} test clips; heads learn "
-                  "from them and are tested on them, so the numbers will be too high")
+                  "from them, so the numbers will be too high")
         name = f"own-{lists[1].parent.name}-{lists[0].stem}-{lists[1].stem}"
     elif flags.benchmark in (None, "blobs"):
         name = "blobs"
@@ -528,7 +524,6 @@ def extract(frozen, source, name, pooled, workers):
     # Blobs keep float32, as in the paper.
     kind = torch.float32 if hasattr(source, "blobs") else torch.float16
     row = math.prod(shape[1:]) * kind.itemsize
-
     with locked(path.parent), open(path, "ab") as file:
         for other in {*path.parent.iterdir()} - {path}:
             other.unlink()  # of other weights or clips
@@ -552,7 +547,6 @@ def extract(frozen, source, name, pooled, workers):
 
 
 # ---------------------------------------------------------------------------------- measurements
-
 
 def evaluate(frozen, name, sources, flags):
     """Measure what the command line asks for, print it, and write it to results-NAME.json in the

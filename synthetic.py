@@ -1,8 +1,7 @@
 """Motion clips with known factors, computed when asked for: nothing to download, nothing on disk.
 
 `Shapes` is the world that the default run learns from and is probed on, `Dives` a pocket-size
-Diving-48, and `Blobs` the paper's own synthetic benchmark. `python data.py --write DIR` writes
-shapes or blobs as video files.
+Diving-48, `Blobs` the paper's own benchmark. `python data.py --write DIR` makes video files.
 """
 import itertools
 from dataclasses import dataclass
@@ -17,9 +16,7 @@ def rectangle(x, y, width, height):
     return torch.maximum(x.abs() - width, y.abs() - height)
 
 
-# Each shape's signed distance to its outline at (x, y), or a lower bound: negative inside. The
-# unit is the shape's radius.
-APPEARANCES = {
+APPEARANCES = {  # signed distance to the outline at (x, y) in radii, or a lower bound; < 0 inside
     "disc": lambda x, y: (x ** 2 + y ** 2).sqrt() - 0.9,
     "ring": lambda x, y: ((x ** 2 + y ** 2).sqrt() - 0.75).abs() - 0.25,
     "square": lambda x, y: rectangle(x, y, 0.8, 0.8),
@@ -41,11 +38,10 @@ def point(angle):
 class World:
     """What worlds share: item i of a seed is always the same clip, and items never run out.
 
-    A world's `classes` names the factors and says how many classes each has: those of the motion,
-    the appearance, and last all of the motion together, whose classes differ in nothing else. All
-    but the last are drawn independently and uniformly. `few` names the factors that are probed with
-    few labels (the first is the label of a clip in a file), `linear` those that a linear head is
-    probed on with all labels. `nuisances` says how many other numbers an item draws.
+    `classes` says how many classes each factor has: those of the motion, the appearance, and last
+    all of the motion together. All but the last are drawn independently and uniformly. `few` names
+    the factors that are probed with few labels (the first is the label of a clip in a file),
+    `linear` those of a linear head with all labels. `nuisances`: other numbers that an item draws.
     """
     frames: int
     size: int  # height and width in pixels
@@ -61,12 +57,10 @@ class World:
         labels, nuisances = [], []
         for item in items:
             generator = np.random.default_rng([self.seed, int(item)])
-            drawn = [int(generator.integers(count)) for count in counts]
-            together = np.ravel_multi_index(drawn[:-1], counts[:-1])
-            labels.append([*drawn, int(together)])
+            drawn = [generator.integers(count) for count in counts]
+            labels.append([*drawn, np.ravel_multi_index(drawn[:-1], counts[:-1])])
             nuisances.append(generator.random(self.nuisances).tolist())
-        factors = dict(zip(self.classes, torch.tensor(labels).T))
-        return factors, torch.tensor(nuisances)
+        return dict(zip(self.classes, torch.tensor(labels).T)), torch.tensor(nuisances)
 
     def factors(self, items):
         """The factors of items [B]: {name: LongTensor [B]}, on the CPU."""
@@ -79,16 +73,11 @@ class World:
         return picture.round().to(torch.uint8).unsqueeze(1).expand(-1, 3, -1, -1, -1)
 
     def offsets(self, centre):
-        """From centres x + iy [B, T] to pixels: x of each column [B, T, size], y of each row.
-
-        The world is a torus: what leaves on one side comes back on the other, so an offset is
-        from the nearest of the centre's copies.
-        """
+        """From centres x + iy [B, T] to pixels: x of each column [B, T, size], y of each row. The
+        world is a torus: an offset is from the nearest of the centre's copies."""
         pixel = (torch.arange(self.size) + 0.5) * (SIDE / self.size)
-        return [
-            (pixel - each[..., None] + SIDE / 2).remainder(SIDE) - SIDE / 2
-            for each in (centre.real, centre.imag)
-        ]
+        return [(pixel - each[..., None] + SIDE / 2).remainder(SIDE) - SIDE / 2
+                for each in (centre.real, centre.imag)]
 
     def cover(self, distance):
         """The share of a pixel inside an outline that is `distance` world units away."""
@@ -101,19 +90,12 @@ class World:
 
 class Shapes(World):
     """One bright shape crosses a dark frame at constant velocity and comes back on the other side.
-
-    The start is uniform and the motion wraps around, so the place in any one frame is uniform
-    whatever the direction: a single frame says nothing about the motion.
-    """
-    classes = {
-        "direction": 8, "speed": 4,
-        "appearance": 8,
-        "motion": 32,
-    }
+    The start is uniform, so the place in any one frame is uniform whatever the direction: a single
+    frame says nothing about the motion."""
+    classes = {"direction": 8, "speed": 4, "appearance": 8, "motion": 32}
     few = ("direction", "motion", "appearance")
     linear = ("direction", "speed", "appearance")
     nuisances = 2  # the start
-
     RADIUS = 10.0
     SPEEDS = (4.0, 4.7, 5.3, 6.0)  # world units per frame
 
@@ -126,18 +108,15 @@ class Shapes(World):
 
         x, y = (offset / self.RADIUS for offset in self.offsets(centre))  # (B, T, size) each
         outlines = [*APPEARANCES.values()]
-        distance = torch.stack([
-            outlines[kind](across[:, None, :], down[:, :, None])  # (T, row, column)
-            for kind, across, down in zip(factors["appearance"].tolist(), x, y)
-        ])
+        kinds = factors["appearance"].tolist()
+        distance = torch.stack([outlines[kind](across[:, None, :], down[:, :, None])
+                                for kind, across, down in zip(kinds, x, y)])
         return 255.0 * self.cover(distance * self.RADIUS)
 
 
 def capsule(x, y, begin, end):
-    """Distance [B, T, row, column] of pixels at x, y [B, T, size] from a line segment.
-
-    It goes from `begin` to `end`, complex [B, T]. What lies inside a radius is a limb.
-    """
+    """Distance [B, T, row, column] of pixels at x, y [B, T, size] from the line segment between
+    `begin` and `end`, complex [B, T]. What lies inside a radius is a limb."""
     length = (end - begin).abs()[..., None]
     toward = (end - begin)[..., None] / length
     x, y = x - begin.real[..., None], y - begin.imag[..., None]
@@ -150,21 +129,15 @@ def capsule(x, y, begin, end):
 class Dives(World):
     """A jointed figure flies through the frame and turns: 48 dives that differ in motion alone.
 
-    A pocket-size Diving-48 (Li et al., 2018). A dive is its sense of rotation, its half turns
-    (1 to 4, spread over the clip whatever its length), its position (straight, pike or tuck) and
-    whether the figure twists once about its long axis. Place, drift, size, orientation and side
-    are uniform, so a single frame says nothing about sense, turns or twist. The ground has a
-    texture and drifts as if the camera moved.
+    A pocket-size Diving-48 (Li et al., 2018). A dive is its sense of rotation, its half turns (1 to
+    4, spread over the clip), its position (straight, pike or tuck) and whether the figure twists
+    once about its long axis. Place, drift, size, orientation and side are uniform, so a single
+    frame says nothing about sense, turns or twist. The textured ground drifts like a moving camera.
     """
-    classes = {
-        "sense": 2, "turns": 4, "position": 3, "twist": 2,
-        "appearance": 8,
-        "dive": 48,
-    }
+    classes = {"sense": 2, "turns": 4, "position": 3, "twist": 2, "appearance": 8, "dive": 48}
     few = ("dive", "appearance")
     linear = ("turns", "sense", "dive", "appearance")
     nuisances = 11
-
     FOLDS = (0.0, 0.0), (2.2, 0.0), (2.2, 2.3)  # straight, pike, tuck: hip and knee, radians
     # Brightness of legs, torso and ground in each appearance; the head is always the same.
     SUITS = tuple(itertools.product((150.0, 250.0), (150.0, 250.0), (20.0, 60.0)))
@@ -187,8 +160,7 @@ class Dives(World):
 
         # The position is entered in the first quarter of the flight and left in the last.
         folded = (2 - (4 * flown - 2).abs()).clamp(0, 1)
-        folds = torch.tensor(self.FOLDS)[factors["position"]]
-        thigh, bend = folds.T[..., None] * folded  # (B, T)
+        thigh, bend = torch.tensor(self.FOLDS)[factors["position"]].T[..., None] * folded  # (B, T)
         shin = thigh - bend
         knee = 5 * (front * thigh.sin() - up * thigh.cos())
         foot = knee + 5 * (front * shin.sin() - up * shin.cos())
@@ -203,9 +175,12 @@ class Dives(World):
             (head, head + 0.1 * up, 1.8, torch.full_like(legs, 200.0)),
         ]
 
-        # The camera moves the ground by up to 1.5 units a frame.
-        corner = SIDE * corner + 2.1 * camera * time
-        picture = ground + 4 * self.texture(corner)
+        # The ground: waves that meet at the edges of the world. The camera moves it by up to 1.5
+        # units a frame.
+        x, y = (2 * torch.pi / SIDE * offset  # (B, T, size) each
+                for offset in self.offsets(SIDE * corner + 2.1 * camera * time))
+        picture = ground + 4 * sum((across * x).sin()[:, :, None] * (down * y).cos()[..., None]
+                                   for across, down in self.WAVES)
         hip = SIDE * (0.5 + 0.5j) + 5 * place + 8 * drift * (flown - 0.5)
         x, y = self.offsets(hip)
         for begin, end, radius, brightness in parts:
@@ -213,32 +188,18 @@ class Dives(World):
             picture = picture.lerp(brightness, self.cover(distance))
         return picture
 
-    def texture(self, corner):
-        """Waves that meet at the edges of the world, -3 to 3: [B, T, size, size]."""
-        x, y = (2 * torch.pi / SIDE * offset for offset in self.offsets(corner))  # (B, T, size)
-        return sum(
-            (across * x).sin()[:, :, None] * (down * y).cos()[..., None]
-            for across, down in self.WAVES
-        )
-
 
 @dataclass
 class Blobs:
     """The paper's generated clips: a disc on a noisy background moves to the border and stops.
 
-    160x160 pixels, 32 frames at 8 per second. Clip i of the benchmark has seed 42 + i and moves in
-    direction i mod 8. The clips that the paper trains on have seed i and move anyhow, so training
-    clip 42 + i has the background, noise, disc and start of evaluation clip i. Equal to the
-    paper's to the bit, before they are compressed.
+    Clip i of the benchmark has seed 42 + i and moves in direction i mod 8. The clips that the paper
+    trains on have seed i and move anyhow, so training clip 42 + i has the background, noise, disc
+    and start of evaluation clip i. Equal to the paper's to the bit, before they are compressed.
     """
-    SIZE = 160
-    FRAMES = 32
-    FPS = 8
-    MOVES = (  # pixels a frame, y down
-        (0, -4), (3, -3), (4, 0), (3, 3),
-        (0, 4), (-3, 3), (-4, 0), (-3, -3),
-    )
-
+    SIZE, FRAMES, FPS = 160, 32, 8
+    # Pixels a frame, y down.
+    MOVES = (0, -4), (3, -3), (4, 0), (3, 3), (0, 4), (-3, 3), (-4, 0), (-3, -3)
     first: int = 42  # seed of clip 0
     directions: bool = True  # False: training clips
 
@@ -250,12 +211,8 @@ class Blobs:
         colour = draw.integers(120, 256, 3, dtype=np.uint8)
         radius = draw.integers(10, 40)
         start = draw.integers(radius, self.SIZE - radius, 2)
-        if self.directions:
-            label = int(item) % len(self.MOVES)
-            move = self.MOVES[label]
-        else:
-            label = None
-            move = draw.integers(-4, 5, 2)
+        label = int(item) % len(self.MOVES) if self.directions else None
+        move = self.MOVES[label] if self.directions else draw.integers(-4, 5, 2)
 
         time = np.arange(self.FRAMES)[:, None]
         centre = (start + time * move).clip(radius, self.SIZE - 1 - radius)  # (T, 2)
