@@ -74,10 +74,10 @@ class Config:
     batch: int = setting(16, "clips per step, over all processes", 1)
     micro_batch: int = setting(0, "clips that are masked and averaged together; 0: all that a "
                                "process has of a batch")
-    lr: float = setting(1e-3, "learning rate after warm-up, the first 1 %% of the steps")
+    lr: float = setting(3e-4, "learning rate after warm-up, the first 1 %% of the steps")
     warmup_lr: float = setting(1e-4, "learning rate before step 0")
     weight_decay: float = setting(0.04, "of all but biases and 1-D tensors")
-    ema: float = setting(0.97, "momentum of the target encoder", most=1)
+    ema: float = setting(0.99, "momentum of the target encoder", most=1)
     ctx_weight: float = setting(0.5, "what the context loss counts for at the end of the run")
 
     device: str = setting("auto", "where to run", choices=["auto", "cuda", "mps", "cpu"],

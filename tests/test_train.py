@@ -597,7 +597,7 @@ def test_a_folder_that_holds_a_run_is_never_overwritten(half, capsys, monkeypatc
     before = contents(folder)
     for more, sentence in [
         ([], "holds a run already; add --resume"),
-        (["--lr", "5e-4", "--resume"], "(lr 0.001 there, 0.0005 here)"),
+        (["--lr", "5e-4", "--resume"], "(lr 0.0003 there, 0.0005 here)"),
     ]:
         assert train.main([*flags, *more]) == 1
         assert sentence in capsys.readouterr().err
