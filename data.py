@@ -232,6 +232,8 @@ def read_image(path):
     EXIF orientation left alone, as everywhere with ImageNet. Raises Unreadable."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.mode.startswith("I"):  # of 16 bits the upper eight; Pillow would clip to white
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return np.array(image.convert("RGB"))
     except Exception as error:  # Pillow's are of every kind
         raise Unreadable(path, error)
@@ -703,7 +705,7 @@ def inspect(title, paths, workers):
         print(f"    {what}: {min(values):.4g} to {max(values):.4g}")
     print(f"    unreadable: {len(reasons):,} (above {MAX_BROKEN:.0%}, a run stops)", *reasons[:5],
           sep="\n      ")
-    return np.median(facts[2]) if len(reasons) <= MAX_BROKEN * len(paths) else 0
+    return np.median(facts[2]) if facts and len(reasons) <= MAX_BROKEN * len(paths) else 0
 
 
 def check(root, workers):

@@ -12,6 +12,7 @@ and results go into the checkpoint's folder or, for other weights, below runs/.
 import argparse
 import functools
 import hashlib
+import io
 import math
 import os
 import sys
@@ -112,7 +113,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from data import command, locked, read_json, write_json
+from data import command, locked, read_json, write_file, write_json
 from model import SIZES, Encoder, load_tensors, load_vjepa, normalise, token_grid
 from synthetic import WORLDS, World
 
@@ -598,8 +599,9 @@ def write_features(frozen, name, sources, flags):
         content[split] = {
             "paths": np.array(source.paths)[there].tolist(), "labels": labels[there],
             "features": features[there] if flags.tokens else features[there, 0]}
-    with open(flags.features, "wb") as file:
-        torch.save(content, file)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_file(Path(flags.features), buffer.getvalue())
     print(f"written to {flags.features}")
 
 

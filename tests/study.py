@@ -704,7 +704,7 @@ def parse(arguments):
         help="labels per class of the few-label probes")
     add("--fresh", action="store_true",
         help="each seed is probed on clips and draws of labels of its own")
-    add("--head-steps", type=number(1), default=HEAD_STEPS,
+    add("--head-steps", type=probe.whole(1), default=HEAD_STEPS,
         help="of the few-label heads [%(default)s]")
     add("--table", nargs="+", metavar="RESULTS")
     add("--reference", help="what the table's differences are from [baseline]")

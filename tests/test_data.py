@@ -631,6 +631,7 @@ def test_images_of_every_kind_become_rgb(tmp_path, monkeypatch):
     for name, image, expected, error, *settings in [
         ("rgb.png", rgb, colours, 0),
         ("grey.png", Image.fromarray(grey), grey[..., None], 0),
+        ("deep.png", Image.fromarray(grey.astype(np.uint16) * 256 + 99), grey[..., None], 0),
         ("grey.jpg", Image.fromarray(grey), grey[..., None], 3, {"quality": 100}),
         ("alpha.png", Image.fromarray(np.dstack((colours, grey))), colours, 0),
         (
