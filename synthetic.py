@@ -16,7 +16,9 @@ def rectangle(x, y, width, height):
     return torch.maximum(x.abs() - width, y.abs() - height)
 
 
-APPEARANCES = {  # signed distance to the outline at (x, y) in radii, or a lower bound; < 0 inside
+# Each shape's signed distance to its outline at (x, y), or a lower bound: negative inside. The
+# unit is the shape's radius.
+APPEARANCES = {
     "disc": lambda x, y: (x ** 2 + y ** 2).sqrt() - 0.9,
     "ring": lambda x, y: ((x ** 2 + y ** 2).sqrt() - 0.75).abs() - 0.25,
     "square": lambda x, y: rectangle(x, y, 0.8, 0.8),
@@ -92,10 +94,15 @@ class Shapes(World):
     """One bright shape crosses a dark frame at constant velocity and comes back on the other side.
     The start is uniform, so the place in any one frame is uniform whatever the direction: a single
     frame says nothing about the motion."""
-    classes = {"direction": 8, "speed": 4, "appearance": 8, "motion": 32}
+    classes = {
+        "direction": 8, "speed": 4,
+        "appearance": 8,
+        "motion": 32,
+    }
     few = ("direction", "motion", "appearance")
     linear = ("direction", "speed", "appearance")
     nuisances = 2  # the start
+
     RADIUS = 10.0
     SPEEDS = (4.0, 4.7, 5.3, 6.0)  # world units per frame
 
@@ -109,8 +116,10 @@ class Shapes(World):
         x, y = (offset / self.RADIUS for offset in self.offsets(centre))  # (B, T, size) each
         outlines = [*APPEARANCES.values()]
         kinds = factors["appearance"].tolist()
-        distance = torch.stack([outlines[kind](across[:, None, :], down[:, :, None])
-                                for kind, across, down in zip(kinds, x, y)])
+        distance = torch.stack([
+            outlines[kind](across[:, None, :], down[:, :, None])  # (T, row, column)
+            for kind, across, down in zip(kinds, x, y)
+        ])
         return 255.0 * self.cover(distance * self.RADIUS)
 
 
@@ -134,10 +143,15 @@ class Dives(World):
     once about its long axis. Place, drift, size, orientation and side are uniform, so a single
     frame says nothing about sense, turns or twist. The textured ground drifts like a moving camera.
     """
-    classes = {"sense": 2, "turns": 4, "position": 3, "twist": 2, "appearance": 8, "dive": 48}
+    classes = {
+        "sense": 2, "turns": 4, "position": 3, "twist": 2,
+        "appearance": 8,
+        "dive": 48,
+    }
     few = ("dive", "appearance")
     linear = ("turns", "sense", "dive", "appearance")
     nuisances = 11
+
     FOLDS = (0.0, 0.0), (2.2, 0.0), (2.2, 2.3)  # straight, pike, tuck: hip and knee, radians
     # Brightness of legs, torso and ground in each appearance; the head is always the same.
     SUITS = tuple(itertools.product((150.0, 250.0), (150.0, 250.0), (20.0, 60.0)))
@@ -160,7 +174,8 @@ class Dives(World):
 
         # The position is entered in the first quarter of the flight and left in the last.
         folded = (2 - (4 * flown - 2).abs()).clamp(0, 1)
-        thigh, bend = torch.tensor(self.FOLDS)[factors["position"]].T[..., None] * folded  # (B, T)
+        folds = torch.tensor(self.FOLDS)[factors["position"]]
+        thigh, bend = folds.T[..., None] * folded  # (B, T)
         shin = thigh - bend
         knee = 5 * (front * thigh.sin() - up * thigh.cos())
         foot = knee + 5 * (front * shin.sin() - up * shin.cos())
@@ -177,10 +192,13 @@ class Dives(World):
 
         # The ground: waves that meet at the edges of the world. The camera moves it by up to 1.5
         # units a frame.
-        x, y = (2 * torch.pi / SIDE * offset  # (B, T, size) each
-                for offset in self.offsets(SIDE * corner + 2.1 * camera * time))
-        picture = ground + 4 * sum((across * x).sin()[:, :, None] * (down * y).cos()[..., None]
-                                   for across, down in self.WAVES)
+        corner = SIDE * corner + 2.1 * camera * time
+        x, y = (2 * torch.pi / SIDE * offset for offset in self.offsets(corner))  # (B, T, size)
+        picture = ground + 4 * sum(
+            (across * x).sin()[:, :, None] * (down * y).cos()[..., None]
+            for across, down in self.WAVES
+        )
+
         hip = SIDE * (0.5 + 0.5j) + 5 * place + 8 * drift * (flown - 0.5)
         x, y = self.offsets(hip)
         for begin, end, radius, brightness in parts:
@@ -197,9 +215,14 @@ class Blobs:
     trains on have seed i and move anyhow, so training clip 42 + i has the background, noise, disc
     and start of evaluation clip i. Equal to the paper's to the bit, before they are compressed.
     """
-    SIZE, FRAMES, FPS = 160, 32, 8
-    # Pixels a frame, y down.
-    MOVES = (0, -4), (3, -3), (4, 0), (3, 3), (0, 4), (-3, 3), (-4, 0), (-3, -3)
+    SIZE = 160
+    FRAMES = 32
+    FPS = 8
+    MOVES = (  # pixels a frame, y down
+        (0, -4), (3, -3), (4, 0), (3, 3),
+        (0, 4), (-3, 3), (-4, 0), (-3, -3),
+    )
+
     first: int = 42  # seed of clip 0
     directions: bool = True  # False: training clips
 
@@ -211,8 +234,12 @@ class Blobs:
         colour = draw.integers(120, 256, 3, dtype=np.uint8)
         radius = draw.integers(10, 40)
         start = draw.integers(radius, self.SIZE - radius, 2)
-        label = int(item) % len(self.MOVES) if self.directions else None
-        move = self.MOVES[label] if self.directions else draw.integers(-4, 5, 2)
+        if self.directions:
+            label = int(item) % len(self.MOVES)
+            move = self.MOVES[label]
+        else:
+            label = None
+            move = draw.integers(-4, 5, 2)
 
         time = np.arange(self.FRAMES)[:, None]
         centre = (start + time * move).clip(radius, self.SIZE - 1 - radius)  # (T, 2)
