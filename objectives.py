@@ -97,7 +97,7 @@ def place_blocks(blocks, size, grid, masking, motion, generator):
         else:
             corner = torch.randint(weights.numel(), (), generator=generator).item()
         top, left = divmod(corner, w - columns + 1)
-        masked[:, top:top + rows, left:left + columns] = True
+        masked.numpy()[:, top:top + rows, left:left + columns] = True  # faster than torch
     masked[max(1, int(masking.first_steps * t)):] = True
     return masked
 
@@ -109,7 +109,7 @@ def equal_counts(masks, generator=None):
     if generator is not None:
         tokens = [ids[torch.randperm(len(ids), generator=generator)] for ids in tokens]
     count = min(map(len, tokens))
-    return torch.stack([ids[:count].sort().values for ids in tokens])
+    return torch.stack([ids[:count] for ids in tokens]).sort().values
 
 
 def sample_masks(motion, grid, masking, generator, sizes):
@@ -171,6 +171,7 @@ class Outputs(NamedTuple):
     h: torch.Tensor  # [B, N, 4D] targets; without EMA they carry gradient
     masks: list  # MaskOutputs of each mask
     groups: int = 1  # micro-batches of a step, over all ranks together
+    errors: list | None = None  # `masked_errors`, where known
 
 
 class Pairs(NamedTuple):
@@ -213,9 +214,14 @@ def mean_over_pairs(outputs, error, part=None):
     return mean_over_masks(errors)
 
 
+def over_channels(x):
+    """The mean over channels: [..., C] -> [...]. Backwards, mean() would divide each channel."""
+    return x.sum(-1) / x.shape[-1]
+
+
 def distance(a, b):
     """|a - b|, averaged over channels: [..., C] -> [...]."""
-    return (a - b).abs().mean(-1)
+    return over_channels((a - b).abs())
 
 
 def appearance(z):
@@ -255,18 +261,18 @@ def mean_over_ranks(value):
 
 # -------------------------------------------------------------------------------------- core loss
 
-def deviation(predicted, target, squared=False):
-    """|predicted - target|: L1, since the square would chase the few tokens that cannot be
-    predicted and pull towards their mean. squared: the square all the same (`--ablate l1`)."""
-    difference = predicted - target
-    return difference.square() if squared else difference.abs()
+def masked_errors(outputs):
+    """|p - h[masked]| of each mask, [B, k, 4D]."""
+    return outputs.errors or [(mask.p - take(outputs.h, mask.masked)).abs()
+                              for mask in outputs.masks]
 
 
 def prediction_loss(outputs, squared=False):
-    """L_pred = mean over masks of mean |p - h[masked]|."""
-    errors = [deviation(mask.p, take(outputs.h, mask.masked), squared).mean()
-              for mask in outputs.masks]
-    return sum(errors) / len(errors)
+    """L_pred = mean over masks of mean |p - h[masked]|: L1, since the square would chase the few
+    tokens that cannot be predicted and pull towards their mean. squared: the square all the same
+    (`--ablate l1`)."""
+    errors = [e.square() if squared else e for e in masked_errors(outputs)]
+    return sum(e.sum() / e.numel() for e in errors) / len(errors)
 
 
 def context_loss(outputs, squared=False):
@@ -278,7 +284,8 @@ def context_loss(outputs, squared=False):
                            for tokens in (mask.visible, mask.masked))  # (B, n, 3), (B, k, 3)
         # The matrix-product shortcut of cdist would round the squares of small whole numbers.
         apart = torch.cdist(visible, masked, compute_mode="donot_use_mm_for_euclid_dist")
-        error = deviation(mask.c, take(outputs.h, mask.visible), squared).mean(-1)  # (B, n)
+        error = (mask.c - take(outputs.h, mask.visible)).abs()
+        error = over_channels(error.square() if squared else error)  # (B, n)
         total += (error / apart.amin(-1).sqrt()).mean()
     return total / len(outputs.masks)
 
@@ -290,15 +297,10 @@ def hard_weights(error):
     return error.shape[-1] * error.detach().softmax(-1)
 
 
-def masked_errors(outputs):
-    """e = |p - h[masked]| of each mask, [B, k]."""
-    return [distance(mask.p, take(outputs.h, mask.masked)) for mask in outputs.masks]
-
-
 def hard_weighting(outputs):
     """Hard-region weighting: mean(w e), e = |p - h[masked]|, w = k softmax(e) over a clip's k
     tokens, without gradient. With e of order 1 the weights stay close to uniform."""
-    errors = masked_errors(outputs)
+    errors = [over_channels(e) for e in masked_errors(outputs)]
     return sum((hard_weights(e) * e).mean() for e in errors) / len(errors)
 
 
@@ -306,7 +308,7 @@ def hard_weighting(outputs):
 def hard_share(outputs):
     """Uniformity of the weights of `hard_weighting`, 1 at most: effective sample size / k =
     (sum w)^2 / (k sum w^2)."""
-    weights = [hard_weights(e) for e in masked_errors(outputs)]
+    weights = [hard_weights(over_channels(e)) for e in masked_errors(outputs)]
     return sum((w.mean(1).square() / w.square().mean(1)).mean() for w in weights) / len(weights)
 
 
@@ -641,6 +643,7 @@ def term_value(name, outputs, objective, heads):
 def losses(outputs, objective, heads, weights):
     """Every loss of an objective by name, unweighted, their weighted sum "total", and with hw
     `hard_share`. There is no "ctx" where nothing was predicted at visible tokens."""
+    outputs = outputs._replace(errors=masked_errors(outputs))  # for pred, hw and hard_share
     values = {"pred": prediction_loss(outputs, objective.squared)}
     if outputs.masks[0].c is not None:
         values["ctx"] = context_loss(outputs, objective.squared)

@@ -261,7 +261,12 @@ class AttentiveHead(nn.Module):
     def __init__(self, width, classes):
         super().__init__()
         self.token = nn.Parameter(0.02 * torch.randn(width))
-        self.attention = nn.MultiheadAttention(width, 8)
+        attention = nn.MultiheadAttention(width, 8)
+        # Apart, since the parts of one weight would have their gradients put together.
+        parts = attention.in_proj_weight.detach().view(3, 8, -1, width)
+        self.query, self.key, self.value = map(nn.Parameter, parts)
+        self.biases = nn.Parameter(torch.zeros(2, 8, width // 8))  # of queries and of values
+        self.out = attention.out_proj
         self.norm = nn.LayerNorm(width)
         self.linear = nn.Linear(width, classes)
 
@@ -269,10 +274,8 @@ class AttentiveHead(nn.Module):
     def logits(p, tokens):
         token, s = p["token"], "s" if tokens.dim() == 4 else ""  # (S, D)
         S, D = token.shape
-        w_query, w_key, w_value = p["attention.in_proj_weight"].view(S, 3, 8, -1, D).unbind(1)
-        b_query, _, b_value = p["attention.in_proj_bias"].view(S, 3, 8, -1).unbind(1)  # (S, 8, D/8)
-        query = torch.einsum("sd, shed -> she", token, w_query) + b_query
-        direction = torch.einsum("she, shed -> shd", query / math.sqrt(D // 8), w_key)
+        query = torch.einsum("sd, shed -> she", token, p["query"]) + p["biases"][:, 0]
+        direction = torch.einsum("she, shed -> shd", query / math.sqrt(D // 8), p["key"])
 
         own = torch.einsum("shd, sd -> sh", direction, token)  # the class token's score of itself
         scores = torch.einsum(f"shd, {s}nkd -> snhk", direction, tokens)
@@ -280,9 +283,9 @@ class AttentiveHead(nn.Module):
         share = torch.cat((own, scores), dim=-1).softmax(-1)  # (S, n, 8, 1 + N)
         mean = torch.einsum(f"snhk, {s}nkd -> snhd", share[..., 1:], tokens)
         mean = mean + share[..., :1] * token[:, None, None]
-        value = torch.einsum("snhd, shed -> snhe", mean, w_value) + b_value[:, None]
+        value = torch.einsum("snhd, shed -> snhe", mean, p["value"]) + p["biases"][:, None, 1]
 
-        x = token[:, None] + linear(p, "attention.out_proj", value.flatten(2))  # (S, n, D)
+        x = token[:, None] + linear(p, "out", value.flatten(2))  # (S, n, D)
         x = F.layer_norm(x, (D,)) * p["norm.weight"][:, None] + p["norm.bias"][:, None]
         return linear(p, "linear", x)
 

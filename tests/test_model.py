@@ -155,7 +155,7 @@ def test_every_crop_spans_the_same_rows_and_columns_but_time_counts_steps():
     rotary = Rotary(64)
 
     def turn(cell, grid):
-        return torch.cat(rotary(torch.tensor([[cells_of(grid).index(cell)]]), grid))
+        return rotary(torch.tensor([[cells_of(grid).index(cell)]]), grid)
 
     small, large = (3, 4, 6), (5, 14, 16)
     torch.testing.assert_close(

@@ -180,8 +180,10 @@ def naive_attentive_logits(head, tokens):
     """One clip [N, D], float64: self-attention of class token and tokens, a head and a query at a
     time."""
     x = torch.cat((head.token[None], tokens))  # (1 + N, D)
-    size, attention = x.shape[1] // 8, head.attention
-    q, k, v = (x @ attention.in_proj_weight.T + attention.in_proj_bias).chunk(3, dim=1)
+    size, biases = x.shape[1] // 8, head.biases.flatten(1)
+    q = x @ head.query.flatten(0, 1).T + biases[0]
+    k = x @ head.key.flatten(0, 1).T
+    v = x @ head.value.flatten(0, 1).T + biases[1]
     attended = torch.zeros_like(x)
     for h, i in itertools.product(range(8), range(len(x))):
         part = slice(h * size, (h + 1) * size)
@@ -189,7 +191,7 @@ def naive_attentive_logits(head, tokens):
         shares = torch.stack(scores).exp() / sum(score.exp() for score in scores)
         for j in range(len(x)):
             attended[i, part] += shares[j] * v[j, part]
-    read = (x + attention.out_proj(attended))[0]
+    read = (x + head.out(attended))[0]
     read = (read - read.mean()) / torch.sqrt(((read - read.mean()) ** 2).mean() + 1e-5)
     return (read * head.norm.weight + head.norm.bias) @ head.linear.weight.T + head.linear.bias
 
@@ -216,7 +218,12 @@ def test_the_attentive_head_equals_full_self_attention_read_at_the_class_token(r
 def test_the_attentive_head_has_the_values_and_gradients_of_torchs_attention(random_head):
     head, tokens = random_head
     attention = torch.nn.MultiheadAttention(16, 8, batch_first=True).double()
-    theirs = dict(head.attention.named_parameters())
+    theirs = {
+        "in_proj_weight": torch.cat((head.query, head.key, head.value)).flatten(0, 1),
+        "in_proj_bias": torch.stack((head.biases[0], torch.randn(8, 2).double(), head.biases[1])).flatten(),
+        "out_proj.weight": head.out.weight,
+        "out_proj.bias": head.out.bias,
+    }
     x = torch.cat((head.token.expand(3, 1, -1), tokens), dim=1)
     attended, _ = torch.func.functional_call(attention, theirs, (x[:, :1], x, x))
     reference = head.linear(head.norm(x[:, 0] + attended[:, 0]))
