@@ -262,9 +262,9 @@ class AttentiveHead(nn.Module):
         super().__init__()
         self.token = nn.Parameter(0.02 * torch.randn(width))
         attention = nn.MultiheadAttention(width, 8)
-        # Apart, since the parts of one weight would have their gradients put together.
-        parts = attention.in_proj_weight.detach().view(3, 8, -1, width)
-        self.query, self.key, self.value = map(nn.Parameter, parts)
+        # Three parameters: of one, the gradients of its parts would be put together.
+        self.query, self.key, self.value = map(
+            nn.Parameter, attention.in_proj_weight.detach().view(3, 8, -1, width))
         self.biases = nn.Parameter(torch.zeros(2, 8, width // 8))  # of queries and of values
         self.out = attention.out_proj
         self.norm = nn.LayerNorm(width)
