@@ -5,7 +5,6 @@ folder; the loop and what a run says of itself.
 """
 import argparse
 import copy
-import csv
 import functools
 import io
 import json
@@ -13,8 +12,7 @@ import math
 import os
 import signal
 import sys
-import threading
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -35,17 +33,15 @@ NOT_COMPUTED = ("out", "device", "compile", "threads", "workers", "save_every", 
 # -------------------------------------------------------------------- settings and the command line
 
 
-def setting(default, meaning, least=0, most=10 ** 9, choices=None, group=None):
-    """A field of `Config`, and so a flag. group: the heading of --help that begins with it."""
-    return field(default=default, metadata=dict(meaning=meaning, least=least, most=most,
-                                                choices=choices, group=group))
+def setting(default, meaning, least=0, most=10 ** 9, **more):
+    """A field of `Config`, and so a flag. more: choices, and a heading of --help that begins."""
+    return field(default=default, metadata=dict(more, meaning=meaning, least=least, most=most))
 
 
 @dataclass
 class Config:
     """All settings of a run, with the values of the synthetic preset, which suit two CPU cores."""
-    preset: str = setting("synthetic", "the values that other flags start from", choices=PRESETS,
-                          group="run")
+    preset: str = setting("synthetic", "what other flags start from", choices=PRESETS, group="run")
     objective: str = setting("baseline", "a name in --list")
     as_released: bool = setting(False, "behave as the released code, not as its description")
     ablate: str = setting("", "leave an ingredient out; a wrong name prints all")
@@ -54,8 +50,7 @@ class Config:
 
     data: str = setting("", 'your own videos: a list (lines "path label" or "path") or a folder',
                         group="data")
-    test_list: str = setting("", "labelled videos to test on, where --data has labels; without it, "
-                             "every third clip of a class is kept from the heads")
+    test_list: str = setting("", "labelled videos to test on; without, every third of a class")
     root: str = setting("", "the folder that holds the paper's datasets")
     world: str = setting("default", "what synthetic clips show; a wrong name prints all")
     frames: int = setting(8, "frames of a clip", 1)
@@ -69,11 +64,9 @@ class Config:
     patch: int = setting(8, "height and width of a token in pixels", 1)
     tubelet: int = setting(2, "frames of a token", 1)
 
-    steps: int = setting(500, "training steps; every schedule is a share of them", 1,
-                         group="optimisation")
+    steps: int = setting(500, "training steps; schedules scale with them", 1, group="optimisation")
     batch: int = setting(16, "clips per step, over all processes", 1)
-    micro_batch: int = setting(0, "clips that are masked and averaged together; 0: all that a "
-                               "process has of a batch")
+    micro_batch: int = setting(0, "clips masked and averaged together; 0: all that a process has")
     lr: float = setting(3e-4, "learning rate after warm-up, the first 1 %% of the steps")
     warmup_lr: float = setting(1e-4, "learning rate before step 0")
     weight_decay: float = setting(0.04, "of all but biases and 1-D tensors")
@@ -83,14 +76,12 @@ class Config:
     device: str = setting("auto", "where to run", choices=["auto", "cuda", "mps", "cpu"],
                           group="machine")
     compile: bool = setting(None, "compile the networks; by default on cuda only")
-    threads: int = setting(1, "CPU threads of torch; 0: its own choice. A tiny network gains "
-                           "nothing from a second one, and waits for it on a busy machine")
+    threads: int = setting(1, "CPU threads, of which a tiny network needs one; 0: torch's choice")
     workers: int = setting(0, "loader processes")
 
     log_every: int = setting(10, "steps between lines of metrics.csv", 1, group="logging")
     save_every: int = setting(100, "steps between checkpoints", 1)
-    probe_every: int = setting(100, "steps between lines of probes.csv, accuracies that the "
-                               "encoder reaches with few labels; 0: never")
+    probe_every: int = setting(100, "steps between probes with few labels (probes.csv); 0: never")
     probe_clips: int = setting(2304, "labelled clips of the final table; 0: no table")
 
     @property
@@ -112,19 +103,18 @@ def parse(arguments):
     parser.add_argument("--resume", action="store_true", help="continue the run in its folder")
 
     for item in fields(Config):
-        about, kind = item.metadata, type(item.default)
-        if about["group"]:
-            group = parser.add_argument_group(about["group"])
-        how = dict(type=kind, choices=about["choices"])
-        if kind is bool or item.default is None:
+        about = item.metadata
+        if "group" in about:
+            # What is not given is left to the preset.
+            group = parser.add_argument_group(about["group"], argument_default=argparse.SUPPRESS)
+        how = dict(type=item.type, choices=about.get("choices"))
+        if item.type is bool:
             how = dict(action=argparse.BooleanOptionalAction)
-        # No default: what is None was not given, and the preset decides.
-        group.add_argument(flag(item), default=None, help=f"{about['meaning']} [{item.default}]",
-                           **how)
+        group.add_argument(flag(item), help=f"{about['meaning']} [{item.default}]", **how)
     flags = parser.parse_args(arguments)
-    given = {name: value for name, value in vars(flags).items()
-             if value is not None and name not in ("list", "resume")}
-    config = Config(**{**PRESETS[given.get("preset", Config.preset)], **given})
+    given = dict(vars(flags))
+    del given["list"], given["resume"]
+    config = Config(**PRESETS[given.get("preset", Config.preset)] | given)
     if "frame_step" in given and "fps" not in given:
         config.fps = 0
     check(config, parser.error)
@@ -318,16 +308,15 @@ class Trainer:
             for name, value in found.items():
                 if getattr(config, name) != value:
                     raise ValueError(f"{config.weights} needs --{name} {value}")
-            self.model.encoder.load_state_dict(pretrained.state_dict())
-            self.model.target.load_state_dict(pretrained.state_dict())
+            for network in self.model.encoder, self.model.target:
+                network.load_state_dict(pretrained.state_dict())
         self.objective = self.model.objective
-        self.evaluated = self.objective.evaluated
-        if config.ema == 1 and self.objective.ema:
-            self.evaluated = "encoder"  # the target never moves
+        # A target that never moves says nothing.
+        self.evaluated = "encoder" if config.ema == 1 else self.objective.evaluated
         self.optimizer = make_optimizer(self.model, config)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        # The text of metrics.csv and probes.csv. A checkpoint keeps it, and mends the files.
-        self.logged = {"metrics.csv": "", "probes.csv": ""}
+        # The rows of these files. A checkpoint keeps them, and mends the files.
+        self.rows = {"metrics.csv": [], "probes.csv": []}
         self.first_step = 0
         # The objective itself beside its name: its coefficients may change between versions.
         self.definition = json.loads(json.dumps(asdict(self.objective)))
@@ -408,31 +397,27 @@ class Trainer:
     def probe(self, step):
         """Add a line to probes.csv: what few labels tell of the encoder as it is. The run's random
         numbers are left alone, so that it computes the same with and without."""
-        encoder = getattr(self.model, self.evaluated)
         # Blocks would be compiled again for the probe's shapes.
         with torch.compiler.set_stance("force_eager"):
-            found = probe.along(encoder, self.sources)
+            found = probe.along(getattr(self.model, self.evaluated), self.sources)
         self.log("probes.csv", {"step": step, **found})
 
-    def log(self, name, row):
-        """Add a line to metrics.csv or probes.csv, a dict without times, so that on a CPU a resumed
-        run writes the same file; the first brings the heading."""
-        text = self.logged[name] or ",".join(row) + "\n"
-        self.logged[name] = text + ",".join(map(str, row.values())) + "\n"
-        write_file(Path(self.config.out, name), self.logged[name].encode())
+    def log(self, name, *more):
+        """Write metrics.csv or probes.csv with more rows, dicts without times, so that on a CPU a
+        resumed run writes the same file."""
+        rows = self.rows[name] = [*self.rows[name], *more]
+        lines = [rows[0], *(row.values() for row in rows)]
+        text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+        write_file(Path(self.config.out, name), text.encode())
 
-    def rows(self, name):
-        """The lines of metrics.csv or probes.csv, each a dict of strings."""
-        return [*csv.DictReader(self.logged[name].splitlines())]
-
-    def save(self, folder, step):
+    def save(self, step):
         """Write all that a later process needs to go on with `step` as its first step."""
         networks = {name: part.state_dict() for name, part in self.model.named_children()}
         buffer = io.BytesIO()
-        torch.save({"config": asdict(self.config), "definition": self.definition,
-                    "step": step, "logged": self.logged, "evaluated": self.evaluated,
+        torch.save({"config": asdict(self.config), "definition": self.definition, "step": step,
+                    "rows": self.rows, "evaluated": self.evaluated,
                     "optimizer": self.optimizer.state_dict(), **networks}, buffer)
-        write_file(folder / "last.pt", buffer.getvalue())
+        write_file(Path(self.config.out, "last.pt"), buffer.getvalue())
 
     def load(self, checkpoint):
         """Take over a checkpoint. Raises ValueError where it does not fit the run."""
@@ -440,7 +425,7 @@ class Trainer:
             for name, part in self.model.named_children():
                 part.load_state_dict(checkpoint[name])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.logged, self.first_step = checkpoint["logged"], checkpoint["step"]
+            self.rows, self.first_step = checkpoint["rows"], checkpoint["step"]
         except (KeyError, RuntimeError, ValueError):
             raise ValueError(f"{self.config.out}/last.pt does not fit this run: it is damaged, or "
                              "was written by another version") from None
@@ -455,29 +440,25 @@ def training_sources(config):
     if config.data:
         return [data.Clips(*data.own_videos(config.data), *how)], [1.0]
     if config.preset == "synthetic":
-        world = WORLDS[config.world]
-        return [world(config.frames, config.crop, config.seed)], [1.0]
+        return [WORLDS[config.world](config.frames, config.crop, config.seed)], [1.0]
     if config.preset == "blobs":
         return [data.BlobClips(*how)], [1.0]
     shares = data.MIXED if config.preset == "mixed" else {"ucf101": 1.0}
     sources = [data.open_dataset(name, config.root, "train", *how) for name in shares]
-    return sources, list(shares.values())
+    return sources, [*shares.values()]
 
 
 def probed_clips(config, encoder):
     """Clips that probes learn from, and are tested on: those of --data and --test-list where both
     have labels, else generated ones. The run itself trains on all of --data, without labels."""
     if config.data and (config.probe_clips or config.probe_every):
-        learn = exam = data.own_videos(config.data)
-        if config.test_list:
-            exam = data.own_videos(config.test_list)
-        elif learn.labels:
-            learn, exam = data.hold_out(learn)
-        if learn.labels and exam.labels:
-            if max(learn.labels + exam.labels) >= probe.MOST_CLASSES:
+        splits = [data.own_videos(path) for path in (config.data, config.test_list) if path]
+        if all(split.labels for split in splits):
+            if max(max(split.labels) for split in splits) >= probe.MOST_CLASSES:
                 raise ValueError("a label is too large: they number the classes from 0; give "
                                  "--probe-clips 0 --probe-every 0 to train without probes")
-            return [data.Clips(*split, config.frames, config.crop) for split in (learn, exam)]
+            splits = splits if config.test_list else data.hold_out(*splits)
+            return [data.Clips(*split, config.frames, config.crop) for split in splits]
     return probe.held_out(encoder, asdict(config))
 
 
@@ -506,15 +487,13 @@ def start_ranks(config):
     if ranks == 1:
         return 0, 1, device
 
-    backend = "gloo"
     if device.type == "cuda":
-        found, backend = torch.cuda.device_count(), "cpu:gloo,cuda:nccl"
+        count = torch.cuda.device_count()
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.index >= found:
-            raise ValueError(f"this machine has {found} GPUs; give torchrun "
-                             f"--nproc_per_node={found}, or fewer")
+        if device.index >= count:
+            raise ValueError(f"this machine has {count} GPUs; give torchrun that --nproc_per_node")
         torch.cuda.set_device(device)
-    dist.init_process_group(backend)
+    dist.init_process_group()  # of gloo for tensors of the CPU, NCCL for those of a GPU
     return dist.get_rank(), ranks, device
 
 
@@ -524,10 +503,9 @@ class StopSignal(ExitStack):
     received = 0
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for each in (signal.SIGINT, signal.SIGTERM):
-                before = signal.signal(each, self.receive)
-                self.callback(signal.signal, each, before)  # put back at the end
+        with suppress(ValueError):  # Python's, in a thread
+            for each in signal.SIGINT, signal.SIGTERM:  # to be put back at the end
+                self.callback(signal.signal, each, signal.signal(each, self.receive))
         return self
 
     def receive(self, received, frame):
@@ -549,7 +527,7 @@ def open_run(config, trainer, resume):
     """Judge the run folder, and let the trainer go on from the checkpoint in it, which is returned
     (or None). Raises ValueError, before anything is written, where the folder holds anything else
     than the beginning of this run."""
-    folder = Path(config.out)
+    folder, checkpoint = Path(config.out), None
     names = {path.name for path in folder.iterdir() if path.suffix != ".tmp"}
     begun = names & {"last.pt", "metrics.csv"}
     if not begun and names - {"config.json", "unreadable.txt"}:
@@ -558,33 +536,27 @@ def open_run(config, trainer, resume):
         raise ValueError(f"{folder} holds a run already; add --resume to go on with it, or choose "
                          "another --out")
 
-    settings = {**asdict(config), "definition": trainer.definition}
-    path, before, checkpoint = folder / "config.json", settings, None
-    if "last.pt" in names:
-        path = folder / "last.pt"
-        checkpoint = probe.load_checkpoint(path)
-        before = {**checkpoint["config"], "definition": checkpoint["definition"]}
-    elif begun:
-        before = read_json(path)
+    path, settings = folder / "config.json", {**asdict(config), "definition": trainer.definition}
+    before = read_json(path) if begun else settings
     different = [f"{name} {before.get(name)} there, {value} here"
                  for name, value in settings.items()
                  if name not in NOT_COMPUTED and before.get(name) != value]
     if different:
         raise ValueError(f"{path} is of a different run ({'; '.join(different)}); choose another "
                          "--out")
-
-    if checkpoint:
+    if "last.pt" in names:
+        checkpoint = probe.load_checkpoint(folder / "last.pt")
         trainer.load(checkpoint)
     else:
         (folder / "unreadable.txt").unlink(missing_ok=True)
     for left in folder.glob("*.tmp"):  # by a process that was killed while it wrote
         left.unlink()
-    write_json(folder / "config.json", settings)
+    write_json(path, settings)
     # Lines up to the checkpoint: what came after them is computed again.
-    for name, text in trainer.logged.items():
+    for name, rows in trainer.rows.items():
         (folder / name).unlink(missing_ok=True)
-        if text:
-            write_file(folder / name, text.encode())
+        if rows:
+            trainer.log(name)
     return checkpoint
 
 
@@ -593,15 +565,16 @@ def report(trainer, row, bar):
     could not be read."""
     config = trainer.config
     trainer.log("metrics.csv", row)
-    shown = {"total": row["total"], "rank": row["effective_rank"], "std": row["feature_std"]}
-    for probed in trainer.rows("probes.csv")[-1:]:
-        shown.update({name: float(probed[name]) for name in probed if name != "step"})
+    (probed,) = trainer.rows["probes.csv"][-1:] or [{}]
+    shown = {"total": row["total"], "rank": row["effective_rank"], "std": row["feature_std"],
+             **probed}
+    shown.pop("step", None)
 
     # Workers are ahead of this step, and after a resume they meet the same files again.
-    broken, failed = Path(config.out, "unreadable.txt"), 0
-    if broken.exists():
-        noted = {*broken.read_bytes().splitlines()}
-        failed = sum(int(line.split(b"\t")[0]) <= row["step"] for line in noted)
+    broken = Path(config.out, "unreadable.txt")
+    noted = {*broken.read_bytes().splitlines()} if broken.exists() else ()
+    failed = sum(int(line.split(b"\t")[0]) <= row["step"] for line in noted)
+    if failed:
         shown["unreadable"] = failed
     bar.set_postfix(shown)
     if bar.disable:
@@ -613,67 +586,48 @@ def report(trainer, row, bar):
                          f"--max-broken {config.max_broken:g}; {broken} names them")
 
 
-def draw_curves(trainer, path):
-    """Draw metrics.csv and probes.csv over the steps of the run: losses, accuracies, and whether
-    the features are alive. The scale of a curve stands beside its name; a loss has its own."""
-    metrics, probes = trainer.rows("metrics.csv"), trainer.rows("probes.csv")
-    steps, names = trainer.config.steps, [*metrics[0]]
-    for row in metrics:
-        row["collapsed below"] = COLLAPSED["feature_std"]
-    panels = [("losses", metrics, names[1:names.index("total") + 1], None),
-              ("feature_std", metrics, ["feature_std", "collapsed below"], 1)]
-    if probes:
-        panels.append(("top-1 %, heads from few labels", probes, [*probes[0]][1:], 100))
+def draw_curves(trainer):
+    """Draw curves.png: the losses, each with a scale of its own, and below them whether features
+    are alive, with what probes find in them."""
+    (metrics, probes), steps = trainer.rows.values(), trainer.config.steps
+    names = [*metrics[0]]
+    losses = [(name, metrics, None) for name in names[1:names.index("total") + 1]]
+    found = [(name, probes, 100) for row in probes[:1] for name in row if name != "step"]
 
-    image = Image.new("RGB", (900, 360 * len(panels)), "white")
+    image = Image.new("RGB", (900, 720), "white")
     draw = ImageDraw.Draw(image)
-    for i, (title, rows, names, scale) in enumerate(panels):
-        top = 360 * i + 60
+    for top, curves in (60, losses), (420, [("feature_std", metrics, 1), *found]):
         draw.rectangle((60, top, 660, top + 240), outline="black")
-        draw.text((60, top - 24), f"{title}; steps 0 to {steps}", "black")
-        for j, name in enumerate(names):
-            values = [float(row[name]) for row in rows]
-            largest = scale or max(map(abs, values)) or 1
-            points = [(60 + 600 * int(row["step"]) / steps, top + 240 * (1 - value / largest))
-                      for row, value in zip(rows, values)]
+        draw.text((60, top - 24), f"steps 0 to {steps}", "black")
+        for j, (name, rows, scale) in enumerate(curves):
+            largest = scale or max(abs(row[name]) for row in rows) or 1
+            points = [(60 + 600 * row["step"] / steps, top + 240 * (1 - row[name] / largest))
+                      for row in rows]
             colour = f"hsl({65 * j}, 90%, 40%)"
             draw.text((668, top + 16 * j), f"{name}: 0 to {largest:.3g}", colour)
             draw.line(points, colour, 2)
+    dead = 660 - 240 * COLLAPSED["feature_std"]
+    draw.line((60, dead, 660, dead), "gray", 2)
+    draw.text((668, dead - 6), "feature_std: collapsed below", "gray")
     buffer = io.BytesIO()
     image.save(buffer, "png")
-    write_file(path, buffer.getvalue())
+    write_file(Path(trainer.config.out, "curves.png"), buffer.getvalue())
 
 
 # ------------------------------------------------------------------ from the first step to the last
 
 
-def introduce(trainer, batches):
-    """Say what is about to run, where and on how much."""
-    config, count = trainer.config, sum(p.numel() for p in trainer.trained)
-    clips = "generated clips"
-    if config.data or config.root:
-        clips = f"{batches.lengths.sum():,} videos"
-    precision = "bfloat16" if trainer.device.type == "cuda" else "float32"
-    print(f"{config.objective} on {trainer.device}, {precision}, threads: "
-          f"{torch.get_num_threads()}; {count:,} parameters; {clips}, "
-          f"{math.prod(config.grid):,} tokens a clip; run folder: {config.out}", flush=True)
-
-
 def run_steps(trainer, batches, rank):
-    """Train to the last step, or to a signal; returns the last step, and the signal's
-    number or 0."""
-    config, folder = trainer.config, Path(trainer.config.out)
-    start, step, stopping = trainer.first_step, config.steps - 1, 0
+    """Train to the last step, or to a signal, whose number is returned, else 0."""
+    config, start, stopping = trainer.config, trainer.first_step, 0
     bar = tqdm(total=config.steps, initial=start, ncols=100, file=sys.stdout,
                disable=True if rank else None,  # None: where there is no terminal
                bar_format="{n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
     clips = data.loader(batches, start, config.workers, trainer.device)
     with StopSignal() as stop, bar:
         for step, micro_batches in enumerate(clips, start):
-            last = step + 1 == config.steps
-            logging = trainer.logs(step)
-            probing = config.probe_every and (last or step % config.probe_every == 0)
-            losses, h, gradient_norm = trainer.step(step, micro_batches)
+            last, logging = step + 1 == config.steps, trainer.logs(step)
+            results = trainer.step(step, micro_batches)
             bar.update()
 
             stopping = stop.agreed()
@@ -681,20 +635,22 @@ def run_steps(trainer, batches, rank):
             # At these steps alone the host waits for the device.
             if (logging or saving) and not trainer.healthy:
                 raise FloatingPointError(
-                    f"the loss or its gradient was not finite by step {step}; {folder}/last.pt is "
-                    "the last good checkpoint, if there is one; start again with a lower --lr")
-            if probing and rank == 0:
+                    f"the loss or its gradient was not finite by step {step}; {config.out}/last.pt "
+                    "is the last good checkpoint, if there is one; start again with a lower --lr")
+            if rank == 0 and config.probe_every and (last or step % config.probe_every == 0):
                 trainer.probe(step)
             if logging:
-                row = trainer.row(step, losses, h, gradient_norm)
+                row = trainer.row(step, *results)
                 if rank == 0:
                     report(trainer, row, bar)
             if saving and rank == 0:
-                trainer.save(folder, step + 1)
-                draw_curves(trainer, folder / "curves.png")
+                trainer.save(step + 1)
+                draw_curves(trainer)
             if stopping:
                 break
-    return step, stopping
+    if stopping and rank == 0:
+        print(f"stopped after step {step}; the same command with --resume goes on from there")
+    return stopping
 
 
 def train(config, resume=False):
@@ -712,13 +668,16 @@ def train(config, resume=False):
         del checkpoint  # as large as the networks and their optimizer
 
         if rank == 0:
-            introduce(trainer, batches)
-        step, stopping = run_steps(trainer, batches, rank)
+            count, own = sum(p.numel() for p in trainer.trained), config.data or config.root
+            clips = f"{batches.lengths.sum():,} videos" if own else "generated clips"
+            print(f"{config.objective} on {device}, "
+                  f"{'bfloat16' if device.type == 'cuda' else 'float32'}, threads: "
+                  f"{torch.get_num_threads()}; {count:,} parameters; {clips}, "
+                  f"{math.prod(config.grid):,} tokens a clip; run folder: {folder}", flush=True)
+        stopping = run_steps(trainer, batches, rank)
         if rank == 0 and not stopping:
-            finish(trainer, folder)
+            finish(trainer)
     if rank == 0:
-        if stopping:
-            print(f"stopped after step {step}; the same command with --resume goes on from there")
         print(f"run folder: {folder}\nhow it went: {folder}/curves.png; what it sees: "
               f"python tests/pictures.py --checkpoint {folder}/last.pt")
     if ranks > 1:
@@ -726,10 +685,9 @@ def train(config, resume=False):
     return 128 + stopping if stopping else 0
 
 
-def finish(trainer, folder):
+def finish(trainer):
     """Probe the trained encoder and one with random weights alike; write it to result.json."""
-    config, found = trainer.config, {}
-    last = trainer.rows("metrics.csv")[-1]
+    config, found, last = trainer.config, {}, trainer.rows["metrics.csv"][-1]
     if config.probe_clips:
         encoders = {"untrained": build(config).encoder.to(trainer.device),
                     "trained": getattr(trainer.model, trainer.evaluated)}
@@ -745,7 +703,7 @@ def finish(trainer, folder):
         if collapsed(last):
             print("The features have collapsed: what the probes say of the trained encoder means "
                   "nothing.")
-    write_json(folder / "result.json", {"config": asdict(config), "last": last, **found})
+    write_json(Path(config.out, "result.json"), {"config": asdict(config), "last": last, **found})
 
 
 @command("train.py", smaller="--batch, --model or --crop",

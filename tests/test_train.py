@@ -540,13 +540,12 @@ def first(damage):
 
 
 DAMAGES = {
-    "last.pt: another run": saved(lambda it: it["config"].update(seed=1)),
     "last.pt: no optimizer": saved(lambda it: it.update(optimizer={})),
     "last.pt: weights of other shapes": saved(
         lambda it: it["encoder"].update(video=torch.zeros(1, 1, 3))
     ),
     "last.pt: a part missing": saved(lambda it: it.pop("target")),
-    "last.pt: no metrics": saved(lambda it: it.pop("logged")),
+    "last.pt: no metrics": saved(lambda it: it.pop("rows")),
     "last.pt: flipped bits": written(
         lambda old: old[:90_000] + bytes([old[90_000] ^ 255]) + old[90_001:]
     ),
@@ -606,7 +605,7 @@ def test_a_folder_that_holds_a_run_is_never_overwritten(half, capsys, monkeypatc
             OBJECTIVES, "sigreg", replace(OBJECTIVES["sigreg"], terms={"sigreg": Term(0.5)})
         )
         assert train.main([*flags, "--resume"]) == 1
-    assert f"{folder}/last.pt is of a different run (definition {{" in capsys.readouterr().err
+    assert f"{folder}/config.json is of a different run (definition {{" in capsys.readouterr().err
     assert contents(folder) == before
     assert (
         train.main([*flags, "--save-every", "7", "--max-broken", "0.5", "--resume"]) == 0
@@ -1103,8 +1102,8 @@ def test_curves_show_losses_probes_and_the_threshold_of_collapse(tmp_path, weigh
     """Each in its colour; feature_std and its threshold lie where their values say."""
     assert train.main([*QUICK, "--probe-every", "1", "--out", str(tmp_path / "run")]) == 0
     image = np.array(Image.open(tmp_path / "run" / "curves.png"))
-    panels = np.split(image, 3)
-    for panel, lines in zip(panels, (3, 2, 1)):  # pred, ctx, total; std, threshold; motion
+    panels = np.split(image, 2)
+    for panel, lines in zip(panels, (3, 3)):  # pred, ctx, total; std, threshold, motion
         shown = {*map(tuple, panel[60:301, 61:660].reshape(-1, 3))} - {(0, 0, 0), (255, 255, 255)}
         assert len(shown) == lines
     for x, value in ((0, rows_of(tmp_path / "run")[0]["feature_std"]), (300, 0.1)):
