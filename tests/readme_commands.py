@@ -91,7 +91,8 @@ def run(call):
     if "--with" in flags:
         line = [sys.executable, str(HERE.parent / script), *flags, *short]
         return subprocess.run(line).returncode
-    prints = {"--list", "--help", "--gradients", "--table", "--answer", "--agree", "--compare"}
+    prints = {"--list", "--help", "--gradients", "--table", "--answer", "--agree", "--compare",
+              "--confirm", "--curves"}
     if prints & {*flags}:
         short = []
     status = module.main(flags + short)
