@@ -425,10 +425,14 @@ def loader(batches, start=0, workers=0, device=torch.device("cpu")):
 
 
 def load(items, workers, **how):
-    """Items one by one, prepared by so many processes; a resumed run must not find the global
-    generator moved."""
-    return DataLoader(items, batch_size=None, num_workers=workers, worker_init_fn=start_worker,
-                      generator=torch.Generator(), **how)
+    """Items one by one, prepared by so many processes, none of which outlives an error; a resumed
+    run must not find the global generator moved."""
+    try:
+        yield from DataLoader(items, batch_size=None, num_workers=workers,
+                              worker_init_fn=start_worker, generator=torch.Generator(), **how)
+    except Exception:
+        end_workers()
+        raise
 
 
 def start_worker(_):
@@ -610,6 +614,8 @@ def write_file(path, content):
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path))  # the name that a user knows
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -634,10 +640,11 @@ def locked(path):
     handle = os.open(path, os.O_RDONLY)
     HELD.append(handle)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is at work on {path}; wait, or stop it")
         yield
-    except BlockingIOError:
-        raise ValueError(f"another process is at work on {path}; wait until it ends, or stop it")
     finally:
         HELD.remove(handle)
         os.close(handle)
