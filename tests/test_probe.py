@@ -62,7 +62,7 @@ def make_checkpoint(folder, *flags, seed=0):
     trainer = train.Trainer(config, torch.device("cpu"))
     trainer.model.target = probe.make_encoder({**vars(config), "seed": seed + 100})
     folder.mkdir(parents=True, exist_ok=True)
-    trainer.save(folder, 7)
+    trainer.save(7)
     return str(folder / "last.pt")
 
 
