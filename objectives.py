@@ -31,7 +31,6 @@ class Masking:
     uniform_share: float = 0.0  # r: the share of blocks that is placed uniformly all the same
     first_steps: float = 1.0  # only this first share of the time steps may be visible
     maxima_mixed_up: bool = False  # `motion_map` as released
-    random_cut: bool = False  # clips are cut to equal counts at random (`--ablate cut`)
 
     @property
     def kinds(self):
@@ -102,14 +101,12 @@ def place_blocks(blocks, size, grid, masking, motion, generator):
     return masked
 
 
-def equal_counts(masks, generator=None):
-    """The token ids at which each clip's mask [N] is True, as many as the clip with the fewest has:
-    [B, count], sorted. The first ones are kept or, with a generator, random ones."""
+def equal_counts(masks):
+    """The first token ids at which each clip's mask [N] is True, as many as the clip with the
+    fewest has: [B, count], sorted."""
     tokens = [mask.nonzero().squeeze(1) for mask in masks]
-    if generator is not None:
-        tokens = [ids[torch.randperm(len(ids), generator=generator)] for ids in tokens]
     count = min(map(len, tokens))
-    return torch.stack([ids[:count] for ids in tokens]).sort().values
+    return torch.stack([ids[:count] for ids in tokens])
 
 
 def sample_masks(motion, grid, masking, generator, sizes):
@@ -121,9 +118,7 @@ def sample_masks(motion, grid, masking, generator, sizes):
     no token: what is not visible is predicted. motion: of each clip, as `place_blocks` takes it.
     sizes: a generator of block sizes alone, equal for all micro-batches of a step.
     """
-    masks, at_random = [], None
-    if masking.random_cut:
-        at_random = torch.Generator().manual_seed(generator.initial_seed() + 1)
+    masks = []
     for blocks, share in masking.kinds:
         size, hidden = draw_block_size(share, grid, sizes), []
         for moves in motion:
@@ -137,10 +132,10 @@ def sample_masks(motion, grid, masking, generator, sizes):
                                  "or smaller patches")
             hidden.append(mask.flatten())
 
-        visible = equal_counts([~mask for mask in hidden], at_random)  # (B, n)
+        visible = equal_counts([~mask for mask in hidden])  # (B, n)
         if masking.first_steps < 1.0:
             hidden = torch.ones(len(motion), math.prod(grid)).bool().scatter(1, visible, False)
-        masks.append((visible, equal_counts(hidden, at_random)))  # (B, n), (B, k)
+        masks.append((visible, equal_counts(hidden)))  # (B, n), (B, k)
     return masks
 
 
@@ -267,15 +262,14 @@ def masked_errors(outputs):
                               for mask in outputs.masks]
 
 
-def prediction_loss(outputs, squared=False):
+def prediction_loss(outputs):
     """L_pred = mean over masks of mean |p - h[masked]|: L1, since the square would chase the few
-    tokens that cannot be predicted and pull towards their mean. squared: the square all the same
-    (`--ablate l1`)."""
-    errors = [e.square() if squared else e for e in masked_errors(outputs)]
+    tokens that cannot be predicted and pull towards their mean."""
+    errors = masked_errors(outputs)
     return sum(e.sum() / e.numel() for e in errors) / len(errors)
 
 
-def context_loss(outputs, squared=False):
+def context_loss(outputs):
     """L_ctx = mean over masks of mean(|c - h[visible]| / sqrt(distance to the nearest masked token
     of the clip, in grid units))."""
     total = 0.0
@@ -284,8 +278,7 @@ def context_loss(outputs, squared=False):
                            for tokens in (mask.visible, mask.masked))  # (B, n, 3), (B, k, 3)
         # The matrix-product shortcut of cdist would round the squares of small whole numbers.
         apart = torch.cdist(visible, masked, compute_mode="donot_use_mm_for_euclid_dist")
-        error = (mask.c - take(outputs.h, mask.visible)).abs()
-        error = over_channels(error.square() if squared else error)  # (B, n)
+        error = distance(mask.c, take(outputs.h, mask.visible))  # (B, n)
         total += (error / apart.amin(-1).sqrt()).mean()
     return total / len(outputs.masks)
 
@@ -516,7 +509,6 @@ class Objective:
     masking: Masking = Masking()
     ema: bool = True  # False: targets come from the encoder itself, with gradient
     level_norm: bool = True  # targets are level-normalised
-    squared: bool = False  # the core loss squares its errors
     stale_target: bool = False  # evaluate the target even where nothing updates it, as released
 
     @property
@@ -535,16 +527,6 @@ def released_form(objective):
     masking = replace(objective.masking, maxima_mixed_up=True)
     return replace(objective, terms=terms, masking=masking, stale_target=True)
 
-
-# The collapse laboratory: an objective without one ingredient. Without the predictor's blocks, no
-# prediction at a masked place depends on what is visible; train.py leaves them out.
-ABLATIONS = {
-    "stop_gradient": lambda full: replace(full, ema=False),
-    "predictor": lambda full: full,
-    "level_norm": lambda full: replace(full, level_norm=False),
-    "l1": lambda full: replace(full, squared=True),
-    "cut": lambda full: replace(full, masking=replace(full.masking, random_cut=True)),
-}
 
 FWM = {"fwm_static": Term(0.05), "fwm_orth": Term(0.01)}
 GUIDED = Masking(motion_strength=2.0, uniform_share=0.1)
@@ -644,9 +626,9 @@ def losses(outputs, objective, heads, weights):
     """Every loss of an objective by name, unweighted, their weighted sum "total", and with hw
     `hard_share`. There is no "ctx" where nothing was predicted at visible tokens."""
     outputs = outputs._replace(errors=masked_errors(outputs))  # for pred, hw and hard_share
-    values = {"pred": prediction_loss(outputs, objective.squared)}
+    values = {"pred": prediction_loss(outputs)}
     if outputs.masks[0].c is not None:
-        values["ctx"] = context_loss(outputs, objective.squared)
+        values["ctx"] = context_loss(outputs)
     for name in objective.terms:
         values[name] = term_value(name, outputs, objective, heads)
     values["total"] = sum(weights[name] * value for name, value in values.items())

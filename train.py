@@ -44,7 +44,6 @@ class Config:
     preset: str = setting("synthetic", "what other flags start from", choices=PRESETS, group="run")
     objective: str = setting("baseline", "a name in --list")
     as_released: bool = setting(False, "behave as the released code, not as its description")
-    ablate: str = setting("", "leave an ingredient out; a wrong name prints all")
     out: str = setting("", "the run folder, by default below runs/")
     seed: int = setting(0, "of weights, clips and masks", most=2 ** 32 - 1)
 
@@ -123,8 +122,6 @@ def parse(arguments):
         parts = [Path(config.data).stem or config.preset, config.objective]
         if config.as_released:
             parts.append("as-released")
-        if config.ablate:
-            parts.append(f"without-{config.ablate}")
         if config.world != Config.world:
             parts.append(config.world)
         if "ema" in given:
@@ -154,14 +151,13 @@ def check(config, refuse):
     import model
     import objectives
     import synthetic
-    tables = {"objective": objectives.OBJECTIVES, "ablate": ("", *objectives.ABLATIONS),
-              "world": synthetic.WORLDS, "model": model.SIZES}
+    tables = {"objective": objectives.OBJECTIVES, "world": synthetic.WORLDS, "model": model.SIZES}
     for name, known in tables.items():
         value = getattr(config, name)
         if value not in known:
             refuse(f"argument --{name}: there is no {value!r}; one of your own is known to the "
                    "file that adds it, `python mine.py` (README, Your own objective); choose from "
-                   f"{', '.join(filter(None, known))}")
+                   f"{', '.join(known)}")
 
 
 if __name__ == "__main__":
@@ -179,8 +175,8 @@ import probe
 from data import command, locked, read_json, write_file, write_json
 from model import (SIZES, Block, Encoder, Predictor, level_normalise, load_vjepa, normalise,
                    token_grid)
-from objectives import (ABLATIONS, NOT_COMPILED, OBJECTIVES, TERMS, MaskOutputs, Outputs,
-                        check_terms, coefficients, draw_masks, losses, make_heads, mean_over_ranks,
+from objectives import (NOT_COMPILED, OBJECTIVES, TERMS, MaskOutputs, Outputs, check_terms,
+                        coefficients, draw_masks, losses, make_heads, mean_over_ranks,
                         objective_list, released_form)
 from synthetic import WORLDS
 
@@ -249,15 +245,11 @@ class JEPA(nn.Module):
 
 def build(config):
     """The networks of a run with random weights: a pure function of the settings and their seed."""
-    objective, size = OBJECTIVES[config.objective], SIZES[config.model]
+    objective = OBJECTIVES[config.objective]
     if config.as_released:
         objective = released_form(objective)
-    if config.ablate:
-        objective = ABLATIONS[config.ablate](objective)
-    if config.ablate == "predictor":
-        size = size._replace(predictor_depth=0)
     torch.manual_seed(config.seed)
-    return JEPA(objective, size, config.patch, config.tubelet)
+    return JEPA(objective, SIZES[config.model], config.patch, config.tubelet)
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def noted(lines, folder):
     for name in ("python", "torchrun", "pip", "git", "head", "tail"):
         (programs / name).write_text(NOTE.format(python=sys.executable, notes=str(notes)))
         (programs / name).chmod(0o755)
-    # of several seeds or ablations, the first
+    # of several seeds or ingredients, the first
     script = re.sub(r" in (0|stop_gradient) [^;]+;", r" in \1;", "\n".join(lines))
     subprocess.run(["bash", "-e"], input=script, text=True, check=True, cwd=folder,
                    env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"})
@@ -89,7 +89,7 @@ def run(call):
     if "all" in flags:
         short += ["--objective", "baseline,ld"]
     if "--with" in flags:
-        line = [sys.executable, str(HERE.parent / script), *flags, *short]
+        line = [sys.executable, str(HERE.parent / script), *flags, *short, "--probe-every", "0"]
         return subprocess.run(line).returncode
     prints = {"--list", "--help", "--gradients", "--table", "--answer", "--agree", "--compare",
               "--confirm", "--curves"}

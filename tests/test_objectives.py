@@ -114,26 +114,20 @@ def absolute_mean(channels):
     return channels.abs().mean()
 
 
-def squared_mean(channels):
-    return (channels * channels).mean()
-
-
-def masked_errors(outputs, mask, squared=False):
-    """For each clip, the list of its masked tokens' mean absolute (or squared) prediction
-    errors."""
-    size = squared_mean if squared else absolute_mean
+def masked_errors(outputs, mask):
+    """For each clip, the list of its masked tokens' mean absolute prediction errors."""
     return [
         [
-            size(prediction - outputs.h[clip, token])
+            absolute_mean(prediction - outputs.h[clip, token])
             for prediction, token in zip(mask.p[clip], tokens)
         ]
         for clip, tokens in enumerate(mask.masked.tolist())
     ]
 
 
-def naive_prediction(outputs, squared=False):
+def naive_prediction(outputs):
     return average(
-        average(itertools.chain(*masked_errors(outputs, mask, squared))) for mask in outputs.masks
+        average(itertools.chain(*masked_errors(outputs, mask))) for mask in outputs.masks
     )
 
 
@@ -148,15 +142,17 @@ def naive_distance(cells, visible, masked):
     ]
 
 
-def naive_context(outputs, squared=False):
-    cells, size = cells_of(outputs.grid), squared_mean if squared else absolute_mean
+def naive_context(outputs):
+    cells = cells_of(outputs.grid)
     per_mask = []
     for mask in outputs.masks:
         errors = []
         for clip, tokens in enumerate(mask.visible.tolist()):
             distances = naive_distance(cells, tokens, mask.masked[clip].tolist())
-            errors += [size(mask.c[clip, i] - outputs.h[clip, token]) / math.sqrt(distances[i])
-                       for i, token in enumerate(tokens)]
+            errors += [
+                absolute_mean(mask.c[clip, i] - outputs.h[clip, token]) / math.sqrt(distances[i])
+                for i, token in enumerate(tokens)
+            ]
         per_mask.append(average(errors))
     return average(per_mask)
 
@@ -472,9 +468,7 @@ def same_options(name, naive, head=(), **options):
 HALF = CHANNELS // 2
 CASES = [
     same_options("prediction", naive_prediction),
-    same_options("prediction", naive_prediction, squared=True),
     same_options("context", naive_context),
-    same_options("context", naive_context, squared=True),
     same_options("hw", naive_hw),
     same_options("delta", naive_delta),
     same_options("ld", naive_ld, head=(CHANNELS, 5, CHANNELS)),

@@ -29,6 +29,7 @@ import study
 import test_objectives as naive
 import train
 from data import write_json
+from model import SIZES, normalise
 
 
 @pytest.fixture(autouse=True)
@@ -630,6 +631,69 @@ def test_controls_are_ld_with_another_clips_targets_and_fwm_objectives_without_f
         assert table[name].terms | objectives.FWM == table[other].terms
         heads = [objectives.make_heads(table[each], 8)["ld"] for each in (name, other)]
         assert str(heads[0]) == str(heads[1])
+
+
+@pytest.fixture
+def laboratory(monkeypatch):
+    """tests/laboratory.py; what it adds to tables and what its runs replace is put back."""
+    for place, name in ((train, "build"), (train, "draw_masks"), (objectives, "masked_errors"),
+                        (objectives, "distance")):
+        monkeypatch.setattr(place, name, getattr(place, name))
+    monkeypatch.setitem(SIZES, "tiny", SIZES["tiny"])
+    monkeypatch.delitem(sys.modules, "laboratory", raising=False)
+    before = dict(objectives.OBJECTIVES)
+    yield importlib.import_module("laboratory")
+    objectives.OBJECTIVES.clear()
+    objectives.OBJECTIVES.update(before)
+
+
+def model_of(name):
+    return train.build(train.parse([*TINY, f"--objective={name}"])[0])
+
+
+@pytest.mark.parametrize("what", ["stop_gradient", "level_norm", "l1", "predictor"])
+def test_an_objective_of_the_laboratory_lacks_what_it_names_and_nothing_else(
+    laboratory, monkeypatch, what
+):
+    generator, grid = torch.Generator().manual_seed(0), (2, 4, 4)
+    clips = torch.randint(256, (4, 3, 4, 32, 32), dtype=torch.uint8, generator=generator)
+    masks = objectives.draw_masks(clips, generator, generator, grid, objectives.Masking())
+    found = []
+    for name in ("baseline", f"baseline-without-{what}"):
+        model = model_of(name)
+        losses, h = model(clips, masks, {"pred": 1.0, "ctx": 1.0})
+        found.append((model.encoder.state_dict(), losses["pred"], h))
+    (encoder, pred, h), (same_encoder, without, targets) = found
+    torch.testing.assert_close(same_encoder, encoder, rtol=0, atol=0)
+    assert torch.equal(targets, h) == (what != "level_norm")
+    assert (without != pred) == (what != "stop_gradient")
+    assert model.targets(normalise(clips)).requires_grad == (what == "stop_gradient")
+
+    outputs = naive.make_outputs((4, 3, 3), 2)
+    if what == "l1":
+        monkeypatch.setattr(naive, "absolute_mean", lambda channels: channels.square().mean())
+    for name, loss in naive.CORE.items():
+        expected = getattr(naive, f"naive_{name}")(outputs)
+        torch.testing.assert_close(loss(outputs), expected, rtol=1e-6, atol=0)
+
+    visible, masked = masks[0]
+    z = torch.randn(4, visible.shape[1], 512, requires_grad=True)
+    model.predictor.mask_token.data.normal_()
+    p, _ = model.predictor(z, visible, masked, grid)
+    blind = not torch.autograd.grad(p.sum(), z, allow_unused=True, materialize_grads=True)[0].any()
+    assert blind == (what == "predictor")
+
+
+def test_without_the_cut_late_time_steps_are_as_visible_as_early_ones(laboratory):
+    """The share of visible tokens that lie in the last of four time steps, over 50 batches of 8."""
+    share, clips = [], torch.zeros(8, 3, 8, 32, 32, dtype=torch.uint8)
+    for name in ("fwm_hw_ld", "fwm_hw_ld-without-cut"):
+        masking, generator = model_of(name).objective.masking, torch.Generator().manual_seed(0)
+        masks = [train.draw_masks(clips, generator, generator, (4, 8, 8), masking)
+                 for _ in range(50)]
+        visible = torch.cat([visible.flatten() for each in masks for visible, _ in each])
+        share.append((visible >= 3 * 64).double().mean().item())
+    assert share[0] < 0.2 and share[1] == pytest.approx(0.25, abs=0.01)
 
 
 def test_a_run_of_a_sweep_is_probed_and_the_untrained_one_has_the_weights_that_a_run_begins_with(

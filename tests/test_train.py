@@ -249,7 +249,7 @@ def test_every_objective_steps_logs_its_terms_and_is_evaluated_on_the_right_enco
     [
         (["--ema", "1"], "encoder"),
         (["--ema", "0"], "target"),
-        (["--ablate", "stop_gradient"], "encoder"),
+        (["--objective", "sigreg_no_ema"], "encoder"),
     ],
 )
 def test_a_target_that_never_learns_is_not_the_one_to_evaluate(tmp_path, flags, evaluated):
@@ -312,50 +312,6 @@ def test_weights_of_v_jepa_are_where_the_encoder_and_its_target_begin(
         == 1
     )
     assert "w.pt needs --patch 4" in capsys.readouterr().err and not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("ablate", ["stop_gradient", "level_norm", "l1", "predictor"])
-def test_an_ablation_takes_away_what_it_names_and_nothing_else(ablate):
-    whole, model = (
-        train.build(train.parse([*QUICK, *more])[0]) for more in ([], ["--ablate", ablate])
-    )
-    torch.testing.assert_close(
-        model.encoder.state_dict(), whole.encoder.state_dict(), rtol=0, atol=0
-    )
-    (clips, masks), weights = micro_batch(4), {"pred": 1.0, "ctx": 1.0}
-    (losses, h), (without, targets) = whole(clips, masks, weights), model(clips, masks, weights)
-    clips = normalise(clips)
-    torch.testing.assert_close(targets, whole.target(clips) if ablate == "level_norm" else h)
-    assert (without["pred"] != losses["pred"]) == (ablate != "stop_gradient")
-    with_gradient = model.targets(clips).requires_grad
-    assert with_gradient == (ablate == "stop_gradient") and model.objective.ema != with_gradient
-    if ablate == "l1":
-        errors = []
-        for visible, masked in masks:
-            p, _ = model.predictor(model.encoder(clips, visible), visible, masked, (4, 4, 4))
-            errors.append(torch.stack([p[i] - h[i, masked[i]] for i in range(4)]).square().mean())
-        torch.testing.assert_close(without["pred"], sum(errors) / 2)
-    visible, masked = masks[0]
-    z = torch.randn(4, visible.shape[1], 96, requires_grad=True)
-    model.predictor.mask_token.data.normal_()
-    p, _ = model.predictor(z, visible, masked, (4, 4, 4))
-    blind = not torch.autograd.grad(p.sum(), z, allow_unused=True, materialize_grads=True)[0].any()
-    assert blind == (ablate == "predictor")
-
-
-def test_without_the_cut_late_time_steps_are_as_visible_as_early_ones():
-    """The share of visible tokens that lie in the last of four time steps, over 50 batches of 8."""
-    share, clips = {}, torch.zeros(8, 3, 8, 32, 32, dtype=torch.uint8)
-    for ablate in ("", "cut"):
-        masking = train.build(train.parse([*QUICK, "--ablate", ablate])[0]).objective.masking
-        generator = torch.Generator().manual_seed(0)
-        masks = [
-            objectives.draw_masks(clips, generator, generator, (4, 8, 8), masking)
-            for _ in range(50)
-        ]
-        visible = torch.cat([visible.flatten() for each in masks for visible, _ in each])
-        share[ablate] = (visible >= 3 * 64).double().mean().item()
-    assert share["cut"] == pytest.approx(0.25, abs=0.01) and share[""] < 0.2
 
 
 @pytest.mark.parametrize("released", [True, False])
