@@ -1067,29 +1067,6 @@ def test_batch_is_cut_to_its_smallest_counts_from_the_end():
     assert cut_of_visible > 0 and cut_of_masked > 0  # otherwise nothing was shown
 
 
-def test_a_random_cut_keeps_as_many_tokens_of_the_same_masks_at_any_time_step():
-    grid, last_step = (8, 6, 6), [0, 0]
-    for seed in range(20):
-        for (visible, masked), (kept, kept_masked) in zip(
-            draw(6, grid, Masking(), seed), draw(6, grid, Masking(random_cut=True), seed)
-        ):
-            assert kept.shape == visible.shape and kept_masked.shape == masked.shape
-            for clip in range(
-                6
-            ):  # the first step tells the whole mask, where the cut does not reach it
-                shown = positions_at_start(visible[clip], grid)
-                tokens, hidden = kept[clip].tolist(), kept_masked[clip].tolist()
-                assert tokens == sorted(set(tokens)) and hidden == sorted(set(hidden))
-                assert all(cells_of(grid)[token][1:] in shown for token in tokens)
-                assert all(cells_of(grid)[token][1:] not in shown for token in hidden)
-                last_step[0] += (
-                    sum(token >= 7 * 36 for token in visible[clip].tolist()) / visible.shape[1]
-                )
-                last_step[1] += sum(token >= 7 * 36 for token in tokens) / len(tokens)
-    assert last_step[0] / 240 < 0.1  # the cut hides late time steps, the random one does not
-    assert last_step[1] / 240 == pytest.approx(1 / 8, abs=0.01)
-
-
 def test_sizes_come_from_their_own_generator_and_positions_from_the_other():
     """Two micro-batches of a step: blocks of equal sizes at places of their own."""
     grid, generator = (4, 14, 14), lambda seed: torch.Generator().manual_seed(seed)
