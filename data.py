@@ -79,7 +79,7 @@ def read_video(path, choose):
             if not sums:
                 raise ValueError("no frame of it can be decoded")
             chosen = choose(count, rate)
-            found = find_by_number(path, packets, sums, keys, chosen)
+            found = find_by_number(path, stream, packets, sums, keys, chosen)
         try:
             return Video(np.stack([found[i] for i in chosen]), count, rate)
         except KeyError as error:
@@ -169,17 +169,19 @@ def decode_all(path, modified):
     return sums, keys
 
 
-def find_by_number(path, packets, sums, keys, chosen):
+def find_by_number(path, stream, packets, sums, keys, chosen):
     """Frames counted from the last key frame before them, {number: RGB picture}. Where one of
     these is not the one that decoding from the start has shown, they are counted from there."""
+    def counted(number, stream, packets, start):
+        frames = zip(range(number, chosen[-1] + 1), decode(stream, packets, start))
+        return {i: upright(frame) for i, frame in frames if frame and i in chosen}
+
     starts = [i for i, packet in enumerate(packets) if packet.is_keyframe]
     nearest = max((pair for pair in zip(keys, starts) if pair[0] <= chosen[0]), default=(0, 0))
-    for number, start in nearest, (0, 0):
-        with open_video(path) as opened:
-            frames = zip(range(number, chosen[-1] + 1), decode(*opened, start))
-            found = {i: upright(frame) for i, frame in frames if frame and i in chosen}
-        if all(i in found and zlib.crc32(found[i].tobytes()) == sums[i] for i in chosen):
-            break
+    found = counted(nearest[0], stream, packets, nearest[1])
+    if any(i not in found or zlib.crc32(found[i].tobytes()) != sums[i] for i in chosen):
+        with open_video(path) as opened:  # by a decoder that has seen nothing
+            found = counted(0, *opened, 0)
     return found
 
 
@@ -193,6 +195,7 @@ def decode(stream, packets, start=0, end=None, wanted=()):
     import av
     context = stream.codec_context
     context.open(strict=False)  # some decoders would keep to the first skip_frame that they see
+    context.flush_buffers()
     whole, begun = not start and packets[0].is_keyframe, False
     for packet in *packets[start:end], None:  # at last what the decoder still holds back
         if packet:
