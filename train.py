@@ -75,7 +75,8 @@ class Config:
     device: str = setting("auto", "where to run", choices=["auto", "cuda", "mps", "cpu"],
                           group="machine")
     compile: bool = setting(None, "compile the networks; by default on cuda only")
-    threads: int = setting(1, "CPU threads, of which a tiny network needs one; 0: torch's choice")
+    threads: int = setting(1, "CPU threads of torch; 0: its own choice. Two are half as fast again "
+                           "on idle cores, and many times slower on busy ones")
     workers: int = setting(0, "loader processes")
 
     log_every: int = setting(10, "steps between lines of metrics.csv", 1, group="logging")
