@@ -468,14 +468,13 @@ def files_below(folder):
 
 
 def folder_split(folder, suffixes):
-    """The files below a folder that have one of these suffixes, as a Split. Where all lie in
-    sub-folders, at least two, each of these is a class, numbered in their order."""
+    """The files below a folder that have one of these suffixes, as a Split. Where all lie directly
+    in sub-folders, at least two, each of these is a class, numbered in their order."""
     paths = [file for file in files_below(folder) if file.suffix.lower() in suffixes]
-    names = [file.relative_to(folder).parts[0] for file in paths]
-    classes = sorted(set(names))
-    if len(classes) < 2 or any(file.parent == folder for file in paths):
+    classes = sorted({file.parent for file in paths})
+    if len(classes) < 2 or any(place.parent != folder for place in classes):
         return Split(paths, None)
-    return Split(paths, [classes.index(name) for name in names])
+    return Split(paths, [classes.index(file.parent) for file in paths])
 
 
 def own_videos(path):
@@ -581,7 +580,7 @@ def imagenet100(root):
     train, val = first_there(root / "train"), first_there(root / "val", root / "validation")
     files = Files(folder_split(train, IMAGES), folder_split(val, IMAGES))
     names = [{path.parent.name for path in split.paths} for split in files]
-    if not names[0] or names[0] != names[1]:
+    if not names[0] or names[0] != names[1] or None in (files.train.labels, files.test.labels):
         raise FileNotFoundError(f"train and val of {root} should hold images of the same classes")
     return files
 

@@ -100,7 +100,7 @@ class Rotary(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, tokens, grid):
-        """Token ids [B, n] of a grid (t, h, w) -> cosines and sines of the angles, [B, 1, n,
+        """Token ids [B, n] of a grid (t, h, w) -> cosine and sine of each angle, [B, 1, n,
         head_dim / 2, 2]."""
         _, h, w = grid
         # Rows and columns of every crop are stretched over the positions 0..15; time counts steps.

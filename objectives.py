@@ -641,13 +641,15 @@ def check_terms(outputs, objective, heads):
     """Try every term on a first batch, leaving the random numbers alone. ValueError, in a sentence
     that names the term, where one does not work."""
     for name in objective.terms:
+        if name in ("pred", "ctx", "total", "hard_share"):
+            raise ValueError(f"the term {name!r} has the name of a loss that is there already")
         if name not in TERMS:
             raise ValueError(f"the objective has a term {name!r} that is not in TERMS")
         try:
             with torch.random.fork_rng():
                 value = term_value(name, outputs, objective, heads)
             if not torch.is_tensor(value) or value.dim() or not value.isfinite():
-                raise ValueError("it gives no finite scalar tensor; average it")
+                raise ValueError("it gives no scalar tensor (average it), or no finite one")
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError) as error:

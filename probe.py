@@ -441,9 +441,11 @@ def show(rows, sources, count):
     beside chance."""
     learn = max(sources[0].factors(pick(sources[0], count)).values(), key=torch.Tensor.max)
     classes = getattr(sources[0], "classes", {"class": len(learn.unique())})
-    print(f"\nTop-1 % on {len(pick(sources[1], count // 3)):,} held-out clips; ± over {DRAWS} "
-          "draws of so many labels per class\nfor an attentive head; linear head: all "
-          f"{len(learn):,} labels" + too_few(learn, LABELS))
+    kind = "generated" if isinstance(sources[0], World) else "of your"
+    exam = len(pick(sources[1], count // 3))
+    print(f"\nTop-1 % on {exam:,} {kind} clips, held out; ± over {DRAWS} draws of so many labels per "
+          f"class\nfor an attentive head; linear head: all {len(learn):,} labels"
+          + too_few(learn, LABELS))
     table = {"": {name: name for name in classes}}
     for name, found in rows.items():
         for kind, values in found.items():
@@ -478,10 +480,7 @@ def open_sources(flags, frames, crop):
             if source.labels is None or max(source.labels) >= MOST_CLASSES:
                 raise ValueError(f"{path} should have lines `path label`, with labels that number "
                                  "the classes from 0")
-        both = {*sources[0].paths} & {*sources[1].paths}
-        if both:
-            print(f"in both lists: {len(both):,} of {len(sources[1]):,} test clips; heads learn "
-                  "from them, so the numbers will be too high")
+        tell_common(*sources)
         name = f"own-{lists[1].parent.name}-{lists[0].stem}-{lists[1].stem}"
     elif flags.benchmark in (None, "blobs"):
         name = "blobs"
@@ -492,6 +491,14 @@ def open_sources(flags, frames, crop):
         sources = [data.open_dataset(name, flags.root, split, frames, crop)
                    for split in ("train", "test")]
     return name, *sources
+
+
+def tell_common(learn, exam):
+    """Say how many of the clips to be tested on are among those to learn from."""
+    both = {*learn.paths} & {*exam.paths}
+    if both:
+        print(f"in both lists: {len(both):,} of {len(exam):,} test clips; heads learn from them, "
+              "so the numbers will be too high")
 
 
 def fingerprint(*parts):

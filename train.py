@@ -151,7 +151,11 @@ def check(config, refuse):
 
     import model
     import objectives
+    import probe
     import synthetic
+    if 0 < config.probe_clips < probe.FEWEST_CLIPS:
+        refuse(f"argument --probe-clips: {config.probe_clips} are too few; give at least "
+               f"{probe.FEWEST_CLIPS}, or 0 for no table")
     tables = {"objective": objectives.OBJECTIVES, "world": synthetic.WORLDS, "model": model.SIZES}
     for name, known in tables.items():
         value = getattr(config, name)
@@ -442,17 +446,29 @@ def training_sources(config):
 
 
 def probed_clips(config, encoder):
-    """Clips that probes learn from, and are tested on: those of --data and --test-list where both
-    have labels, else generated ones. The run itself trains on all of --data, without labels."""
-    if config.data and (config.probe_clips or config.probe_every):
-        splits = [data.own_videos(path) for path in (config.data, config.test_list) if path]
-        if all(split.labels for split in splits):
-            if max(max(split.labels) for split in splits) >= probe.MOST_CLASSES:
-                raise ValueError("a label is too large: they number the classes from 0; give "
-                                 "--probe-clips 0 --probe-every 0 to train without probes")
-            splits = splits if config.test_list else data.hold_out(*splits)
-            return [data.Clips(*split, config.frames, config.crop) for split in splits]
-    return probe.held_out(encoder, asdict(config))
+    """Clips that probes learn from, and are tested on: those of --data and --test-list if they have
+    labels, else generated ones. The run itself trains on all of --data, without labels. Raises
+    ValueError where labels are there and cannot be used."""
+    if not config.data or not (config.probe_clips or config.probe_every):
+        return probe.held_out(encoder, asdict(config))
+    splits = [data.own_videos(path) for path in (config.data, config.test_list) if path]
+    labels = [split.labels for split in splits]
+    if labels == [None]:
+        return probe.held_out(encoder, asdict(config))
+
+    without = "give --probe-clips 0 --probe-every 0 to train without probes"
+    if None in labels:
+        raise ValueError(f"--data and --test-list both need a label for each video; {without}")
+    if max(map(max, labels)) >= probe.MOST_CLASSES:
+        raise ValueError(f"a label is too large: they number the classes from 0; {without}")
+    if not config.test_list:
+        splits = data.hold_out(*splits)
+    if not splits[1].paths:
+        raise ValueError(f"no class of {config.data} has 3 videos, so none can be held out; give "
+                         f"--test-list, or {without}")
+    sources = [data.Clips(*split, config.frames, config.crop) for split in splits]
+    probe.tell_common(*sources)
+    return sources
 
 
 def prepare(config, rank, ranks, device):
@@ -690,9 +706,11 @@ def finish(trainer):
                 found[name] = probe.probe_clips(encoder, trainer.sources, config.probe_clips,
                                                 about=f"{name} encoder", workers=config.workers)
         probe.show(found, trainer.sources, config.probe_clips)
-        if config.data and not config.test_list:
-            print("Where the list has labels, every third clip of a class is held out from the "
-                  "heads; the encoder has seen it, without its label.")
+        if config.data and not isinstance(trainer.sources[0], data.Clips):
+            print("Your videos have no labels, so these are generated clips.")
+        elif config.data and not config.test_list:
+            print("Every third clip of a class is held out from the heads; the encoder has seen "
+                  "it, without its label.")
         if collapsed(last):
             print("The features have collapsed: what the probes say of the trained encoder means "
                   "nothing.")

@@ -97,7 +97,7 @@ def one_run(flags, shots, fresh=False, head_steps=HEAD_STEPS):
         if fresh:
             probe.HELD_OUT += 2 * (1 + config.seed)
             first = probe.DRAWS * config.seed
-        found = probe.probe_clips(encoder, probe.held_out(encoder, settings),
+        found = probe.probe_clips(encoder, train.probed_clips(config, encoder),
                                   config.probe_clips, first, shots)
         for kind, values in found.items():
             numbers |= {f"{kind} {factor}": value for factor, value in values.items()}
@@ -364,8 +364,8 @@ def columns_of(table):
     """What the probes of some run measured, {column: its title}, as {"5 motion": "motion, 5
     labels", "linear speed": "speed, linear"}; factors in the order of their worlds."""
     there = {column for runs in table.values() for numbers in runs.values() for column in numbers}
-    few, linear = ({factor: None for world in WORLDS.values() for factor in getattr(world, kind)}
-                   for kind in ("few", "linear"))
+    few, linear = ({factor: None for source in (*WORLDS.values(), data.Clips)
+                    for factor in getattr(source, kind)} for kind in ("few", "linear"))
     labels = sorted({int(k) for k in re.findall(r"\b(\d+) \w", " ".join(there))})
     titles = {f"{k} {factor}": f"{factor}, {k} labels" for k in labels for factor in few}
     titles |= {f"linear {factor}": f"{factor}, linear" for factor in linear}
@@ -373,10 +373,11 @@ def columns_of(table):
 
 
 def chances(columns):
-    """What guessing gives for the factors of columns, as words."""
+    """What guessing gives for the factors of generated clips in columns, as words."""
     classes = {name: count for world in WORLDS.values() for name, count in world.classes.items()}
     factors = {column.split()[1]: None for column in columns}
-    return ", ".join(f"{factor} {100 / classes[factor]:.1f}" for factor in factors)
+    return ", ".join(f"{factor} {100 / classes[factor]:.1f}" for factor in factors
+                     if factor in classes) or "by the number of classes"
 
 
 def is_dead(runs):

@@ -1131,9 +1131,9 @@ def test_a_folder_with_a_sub_folder_for_each_class_gives_labels(tmp_path):
     paths = touch(tmp_path, "b/1.mp4", "b/2.webm", "a/3.mp4", "c d/4.avi")
     assert data.own_videos(tmp_path) == (sorted(paths), [0, 1, 1, 2])
     touch(tmp_path, "a/deep/6.mp4")
-    assert data.own_videos(tmp_path).labels == [0, 0, 1, 1, 2]
-    touch(tmp_path, "5.mp4")
-    assert data.own_videos(tmp_path).labels is None
+    assert data.own_videos(tmp_path).labels is None  # train/walk/1.mp4: train is no class
+    touch(tmp_path / "stray", "a/1.mp4", "b/2.mp4", "5.mp4")
+    assert data.own_videos(tmp_path / "stray").labels is None
 
 
 def test_every_third_clip_of_a_class_is_held_out():

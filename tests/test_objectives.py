@@ -912,9 +912,9 @@ def test_annealing_goes_by_epochs():
 
 FAULTY = {  # what is wrong with a term, and what the sentence says of it
     "not in the table": (None, None, "'mine' that is not in TERMS"),
-    "no scalar": (lambda outputs: outputs.masks[0].z.mean(-1), None, "gives no finite scalar tensor"),
-    "a number": (lambda outputs: 3.0, None, "gives no finite scalar tensor"),
-    "nothing": (lambda outputs: None, None, "gives no finite scalar tensor"),
+    "no scalar": (lambda outputs: outputs.masks[0].z.mean(-1), None, "no finite one"),
+    "a number": (lambda outputs: 3.0, None, "no finite one"),
+    "nothing": (lambda outputs: None, None, "no finite one"),
     "errors with channels": (
         lambda outputs: mean_over_pairs(outputs, lambda at: (at.z_next - at.z).abs()), None,
         r"its errors have the shape \[2, \d+, 12\] instead of \[2, \d+\]"),
@@ -922,8 +922,8 @@ FAULTY = {  # what is wrong with a term, and what the sentence says of it
                 "missing 1 required positional argument: 'head'"),
     "a narrow head": (lambda outputs, head: head(outputs.h).mean(), nn.Linear(5, 1).double(),
                       "mat1 and mat2 shapes cannot be multiplied"),
-    "not a number": (lambda outputs: outputs.h.mean() * math.nan, None, "gives no finite scalar tensor"),
-    "infinite": (lambda outputs: outputs.h.mean() / 0, None, "gives no finite scalar tensor"),
+    "not a number": (lambda outputs: outputs.h.mean() * math.nan, None, "no finite one"),
+    "infinite": (lambda outputs: outputs.h.mean() / 0, None, "no finite one"),
 }
 
 
@@ -936,6 +936,10 @@ def test_a_faulty_term_is_named_in_one_sentence(monkeypatch):
         with pytest.raises(ValueError, match=sentence) as raised:
             check_terms(outputs, objective, {"mine": head} if head else {})
         assert "'mine'" in str(raised.value) and "\n" not in str(raised.value)
+    for name in ("pred", "ctx", "total", "hard_share"):
+        monkeypatch.setitem(TERMS, name, lambda outputs: outputs.h.mean())
+        with pytest.raises(ValueError, match=f"'{name}' has the name of a loss"):
+            check_terms(outputs, replace(objective, terms={name: Term(1.0)}), {})
 
 
 def test_the_check_passes_every_objective_and_changes_no_random_number():

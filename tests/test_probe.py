@@ -447,7 +447,7 @@ def test_the_table_of_moving_shapes_holds_means_deviations_and_chance(capsys):
     worlds = probe.held_out(probe.make_encoder(CONFIG), CONFIG)
     probe.show({"trained": found}, worlds, 600)
     title, more, columns, few, linear, chance = capsys.readouterr().out.strip().splitlines()
-    assert title.startswith("Top-1 % on 200 held-out clips")
+    assert title.startswith("Top-1 % on 200 generated clips, held out")
     assert more.endswith("linear head: all 600 labels")
     assert columns.split() == ["direction", "speed", "appearance", "motion"]
     # Deviations of five: sqrt(1000 / 4), and of 1 2 3 4 6.5, whose mean is 3.3, sqrt(17.8 / 4).
@@ -517,7 +517,7 @@ def test_the_table_of_your_own_clips_stands_beside_chance_and_says_where_labels_
     draws = {"5": {"class": [10.0, 20.0, 30.0, 40.0, 50.0]}, "linear": {"class": 61.25}}
     probe.show({"trained": draws}, sources, 60)
     title, more, columns, few, linear, chance = capsys.readouterr().out.strip().splitlines()
-    assert title.startswith("Top-1 % on 20 held-out clips")
+    assert title.startswith("Top-1 % on 20 of your clips, held out")
     assert more.endswith("all 30 labels (8 of 8 classes have fewer labels, down to 3)")
     assert columns.split() == ["class"]
     assert few.split() == "trained, 5 30.0 ± 15.8".split()

@@ -30,6 +30,7 @@ import test_objectives as naive
 import train
 from data import write_json
 from model import SIZES, normalise
+from synthetic import Shapes
 
 
 @pytest.fixture(autouse=True)
@@ -724,6 +725,21 @@ def test_a_run_of_a_sweep_is_probed_and_the_untrained_one_has_the_weights_that_a
     expected = probe.probe_clips(encoder, worlds, 192, 10, shots=(1,))
     line = json.loads((run / "study.json").read_text())
     assert line["numbers"]["1 motion"] == expected["1"]["motion"] and line["flags"]["fresh"]
+
+
+def test_a_run_on_your_own_videos_is_probed_on_them(tmp_path, capsys):
+    data.write_dataset(tmp_path / "clips", Shapes(4, 32, 0), 6, 8)
+    (tmp_path / "own.csv").write_text("".join(f"clips/{i:06d}.mp4 {i % 2}\n" for i in range(6)))
+    run = tmp_path / "own-baseline-seed0"
+    assert study.main(["--head-steps", "1", "--shots", "1", "--child", "--objective=baseline", *TINY,
+                       f"--data={tmp_path}/own.csv", "--probe-clips=192", f"--out={run}"]) == 0
+    line = json.loads((run / "study.json").read_text())
+    assert {"1 class", "linear class"} <= line["numbers"].keys()
+    assert not any("motion" in name for name in line["numbers"])
+    (tmp_path / "results.jsonl").write_text(json.dumps(line))
+    capsys.readouterr()
+    assert study.main(["--table", str(tmp_path / "results.jsonl")]) == 0
+    assert "| class, 1 labels | class, linear |" in capsys.readouterr().out
 
 
 def test_a_run_on_blobs_is_probed_on_other_blobs(tmp_path, monkeypatch):

@@ -977,7 +977,7 @@ def test_a_run_ends_with_a_table_of_what_result_json_holds(tmp_path, monkeypatch
         and f"{tmp_path}/run/curves.png" in output
     )
     heading, kinds, columns, *table = output[output.index("Top-1") :].splitlines()[:8]
-    assert heading.startswith("Top-1 % on 64 held-out clips; ± over 5 draws")
+    assert heading.startswith("Top-1 % on 64 generated clips, held out; ± over")
     assert "linear head: all 192 labels" in kinds
     assert columns.split() == ["direction", "speed", "appearance", "motion"]
     for name in ("untrained", "trained"):
@@ -1156,13 +1156,52 @@ def test_labelled_videos_of_your_own_end_with_their_table(tmp_path, videos, monk
         out = tmp_path / f"run{count}"
         assert train.main([*flags, *more, "--out", str(out)]) == 0
         output = capsys.readouterr().out
-        assert f"Top-1 % on {count} held-out clips" in output and "; 6 videos, 64 tokens" in output
-        assert ("every third clip of a class is held out" in output) == (not more)
+        assert f"Top-1 % on {count} of your clips" in output and "; 6 videos, 64 tokens" in output
+        assert ("Every third clip of a class is held out" in output) == (not more)
+        assert ("in both lists: 1 of 2 test clips" in output) == bool(more)
         found = json.loads((out / "result.json").read_text())
         assert [*found["trained"]["5"]] == [*found["untrained"]["linear"]] == ["class"]
         assert (out / "probes.csv").exists() == bool(more)
         if more:
             assert (out / "probes.csv").read_text().startswith("step,class\n0,")
+
+
+def test_labels_that_cannot_be_used_are_one_sentence_and_without_any_the_table_says_so(
+    tmp_path, videos, monkeypatch, capsys
+):
+    """Never are clips of another kind probed without a word."""
+    paths = [line.split()[0] for line in (videos / "videos.csv").read_text().splitlines()][:4]
+    for name, labels in {"two": "0011", "one": "0000", "none": "    "}.items():
+        lines = [f"{videos / path} {label}".strip() for path, label in zip(paths, labels)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines))
+    (tmp_path / "nested").mkdir()
+    for i, path in enumerate(paths):
+        place = tmp_path / "nested" / ("train", "val")[i % 2] / str(i // 2) / "a.mp4"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(videos / path)
+    monkeypatch.setattr(probe, "FEW", probe.FEW._replace(steps=1))
+    monkeypatch.setattr(probe, "LINEAR", probe.LINEAR._replace(epochs=1))
+    monkeypatch.setattr(probe, "FEWEST_CLIPS", 64)
+    flags = [*QUICK, "--steps", "1", "--probe-clips", "64"]
+    both = "--data and --test-list both need a label"
+    for lists, sentence in ((["two"], "no class of"), (["one", "none"], both),
+                            (["none", "one"], both)):
+        paths = [str(tmp_path / f"{name}.csv") for name in lists]
+        given = [text for pair in zip(("--data", "--test-list"), paths) for text in pair]
+        assert train.main([*flags, *given, "--out", str(tmp_path / "run")]) == 1
+        message = capsys.readouterr().err
+        assert sentence in message and "--probe-every 0" in message
+        assert not (tmp_path / "run").exists()
+    for name in ("none.csv", "nested"):
+        out = ["--data", str(tmp_path / name), "--out", str(tmp_path / f"run {name}")]
+        assert train.main([*flags, *out]) == 0
+        output = capsys.readouterr().out
+        assert "generated clips, held out" in output and "Your videos have no labels" in output
+        assert "Every third" not in output
+    for few in ("1", "63"):
+        with pytest.raises(SystemExit):
+            train.main([*flags, "--probe-clips", few])
+        assert f"--probe-clips: {few} are too few" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------- the device, the README
