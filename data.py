@@ -1,7 +1,7 @@
 """Clips for training and evaluation: decoding, windows and crops, batches, your own lists, four
 public datasets; at the end what all commands share.
 
-    python data.py --check DIR    what is in DIR, what of it is broken, how to train on it
+    python data.py --check DIR    what is in DIR (or a list), what is broken, how to train on it
     python data.py --write DIR    generated clips as videos, with a list `videos.csv`
 
 Nothing here knows the method. Clips for training stay uint8 until `model.normalise`: workers hand
@@ -21,7 +21,6 @@ import re
 import signal
 import struct
 import sys
-import zlib
 from collections import Counter, namedtuple
 from pathlib import Path
 
@@ -61,9 +60,9 @@ def read_video(path, choose):
     is its only frame. Raises Unreadable for a file that is missing, broken, or without them.
 
     Frame i is the i-th that decoding from the start shows, however long each lasts; turned and
-    mirrored as players do it, while pixels that are not square are not stretched. All packets are
-    read, then decoded from the last key frame before the first frame that is chosen. Where their
-    times can be believed, frames are found by time, else by number.
+    mirrored as players do it, while pixels that are not square are not stretched. Decoding begins
+    at the last key frame before the first chosen frame where the times of packets can be believed,
+    else at the start.
     """
     if is_image(path):
         return Video(read_image(path)[None], 1, 0)
@@ -74,12 +73,12 @@ def read_video(path, choose):
             chosen = choose(count, rate)
             found = find_by_time(stream, packets, {times[i]: i for i in chosen})
         if not found or set(chosen) - set(found):
-            sums, keys = decode_all(path, os.path.getmtime(path))
-            count = len(sums)
-            if not sums:
+            count = count_frames(path, os.path.getmtime(path))
+            if not count:
                 raise ValueError("no frame of it can be decoded")
             chosen = choose(count, rate)
-            found = find_by_number(path, stream, packets, sums, keys, chosen)
+            frames = zip(range(chosen[-1] + 1), decode(stream, packets))
+            found = {i: upright(frame) for i, frame in frames if frame and i in chosen}
         try:
             return Video(np.stack([found[i] for i in chosen]), count, rate)
         except KeyError as error:
@@ -155,34 +154,11 @@ def find_by_time(stream, packets, numbers):
 
 
 @functools.lru_cache(maxsize=None)
-def decode_all(path, modified):
-    """A checksum of each picture of a file to the last good one (-1: damaged), and the numbers of
-    key frames. It is remembered until the file changes."""
-    sums, keys = [], []
+def count_frames(path, modified):
+    """How many frames decoding a file from the start shows, to the last good one. It is remembered
+    until the file changes."""
     with open_video(path) as opened:
-        for i, frame in enumerate(decode(*opened)):
-            sums.append(zlib.crc32(upright(frame).tobytes()) if frame else -1)
-            if frame and frame.key_frame:
-                keys.append(i)
-    while sums[-1:] == [-1]:
-        sums.pop()
-    return sums, keys
-
-
-def find_by_number(path, stream, packets, sums, keys, chosen):
-    """Frames counted from the last key frame before them, {number: RGB picture}. Where one of
-    these is not the one that decoding from the start has shown, they are counted from there."""
-    def counted(number, stream, packets, start):
-        frames = zip(range(number, chosen[-1] + 1), decode(stream, packets, start))
-        return {i: upright(frame) for i, frame in frames if frame and i in chosen}
-
-    starts = [i for i, packet in enumerate(packets) if packet.is_keyframe]
-    nearest = max((pair for pair in zip(keys, starts) if pair[0] <= chosen[0]), default=(0, 0))
-    found = counted(nearest[0], stream, packets, nearest[1])
-    if any(i not in found or zlib.crc32(found[i].tobytes()) != sums[i] for i in chosen):
-        with open_video(path) as opened:  # by a decoder that has seen nothing
-            found = counted(0, *opened, 0)
-    return found
+        return max((i for i, frame in enumerate(decode(*opened), 1) if frame), default=0)
 
 
 def decode(stream, packets, start=0, end=None, wanted=()):
@@ -478,15 +454,17 @@ def folder_split(folder, suffixes):
 
 
 def own_videos(path):
-    """The videos of a list file, or all below a folder, as a Split. Raises FileNotFoundError where
-    there is nothing, ValueError for a wrong line.
+    """The videos of a list file, or all below a folder (by its videos.csv, if there is one), as a
+    Split. Raises FileNotFoundError where there is nothing, ValueError for a wrong line.
 
     A line is `path` or `path label`, separated by a comma, a tab or spaces. The label is a whole
     number; the path ends in a suffix like .mp4, may hold spaces and commas, may stand in double
     quotes, and is relative to the list's folder.
     """
     path = Path(path)
-    if path.is_dir():
+    if (path / "videos.csv").exists():
+        path /= "videos.csv"
+    elif path.is_dir():
         split = folder_split(path, VIDEOS)
         if not split.paths:
             raise FileNotFoundError(f"there is no video ({', '.join(VIDEOS)}) in or below {path}")
@@ -495,11 +473,13 @@ def own_videos(path):
     for line in text_lines(path):
         match = LINE.fullmatch(line)
         if not match:
-            raise ValueError(f"a line of {path} is not `path` or `path label`: {line}")
+            raise ValueError(f"a line of {path} is not `path` or `path label`, the label a whole "
+                             f"number: {line}")
         pairs.append((path.parent / match[1], match[2] and int(match[2])))
     paths, labels = make_split(pairs)
     if not any(map(os.path.exists, paths)):
-        raise FileNotFoundError(f"{path} lists no video that exists; its first: {paths[:1]}")
+        raise FileNotFoundError(f"{path} lists no video that exists: {len(paths)} lines "
+                                f"{paths[:1]}")
     if None in labels and {*labels} != {None}:
         raise ValueError(f"{path} gives some of its videos no label; give all a label, or none")
     return Split(paths, None if None in labels else labels)
@@ -737,8 +717,7 @@ def check(root, workers):
         preset = "mixed" if all(map(usable.get, MIXED)) else "ucf101"
         return print(f"Train with: python train.py --preset {preset} --root '{root}'")
     paths = own_videos(root).paths
-    others = len(files_below(root)) - len(paths)
-    print(f"Videos below {root}, of every split: {len(paths):,}; other files: {others:,}")
+    print(f"Videos of {root}, of every split: {len(paths):,}")
     count = inspect("videos", paths, workers)
     if not count:
         raise ValueError(f"too many of the videos in {root} cannot be read")
@@ -770,7 +749,7 @@ def write_dataset(folder, source, count, fps):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Check a folder, or write generated clips.")
     job = parser.add_mutually_exclusive_group(required=True)
-    job.add_argument("--check", help="the folder of the datasets, or of your own videos")
+    job.add_argument("--check", help="the folder of the datasets, or your own videos")
     job.add_argument("--write", help="a new folder for generated clips")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that read")
     parser.add_argument("--count", type=int, default=64, help="number of clips")

@@ -166,7 +166,6 @@ class Outputs(NamedTuple):
     h: torch.Tensor  # [B, N, 4D] targets; without EMA they carry gradient
     masks: list  # MaskOutputs of each mask
     groups: int = 1  # micro-batches of a step, over all ranks together
-    errors: list | None = None  # `masked_errors`, where known
 
 
 class Pairs(NamedTuple):
@@ -258,8 +257,7 @@ def mean_over_ranks(value):
 
 def masked_errors(outputs):
     """|p - h[masked]| of each mask, [B, k, 4D]."""
-    return outputs.errors or [(mask.p - take(outputs.h, mask.masked)).abs()
-                              for mask in outputs.masks]
+    return [(mask.p - take(outputs.h, mask.masked)).abs() for mask in outputs.masks]
 
 
 def prediction_loss(outputs):
@@ -372,7 +370,6 @@ def action_conditioned(outputs, head, dynamics_only=False):
     paper's "fac")."""
     cell = [pixels // tokens for pixels, tokens in zip(outputs.clips.shape[2:], outputs.grid)]
     rgb = F.avg_pool3d(outputs.clips, cell).flatten(2).transpose(1, 2)  # (B, N, 3)
-
 
     def error(at):
         return distance(head(at.z), take(rgb, at.next_tokens) - take(rgb, at.tokens))
@@ -508,7 +505,6 @@ class Objective:
     terms: dict = field(default_factory=dict)
     masking: Masking = Masking()
     ema: bool = True  # False: targets come from the encoder itself, with gradient
-    level_norm: bool = True  # targets are level-normalised
     stale_target: bool = False  # evaluate the target even where nothing updates it, as released
 
     @property
@@ -625,7 +621,6 @@ def term_value(name, outputs, objective, heads):
 def losses(outputs, objective, heads, weights):
     """Every loss of an objective by name, unweighted, their weighted sum "total", and with hw
     `hard_share`. There is no "ctx" where nothing was predicted at visible tokens."""
-    outputs = outputs._replace(errors=masked_errors(outputs))  # for pred, hw and hard_share
     values = {"pred": prediction_loss(outputs)}
     if outputs.masks[0].c is not None:
         values["ctx"] = context_loss(outputs)

@@ -443,8 +443,8 @@ def show(rows, sources, count):
     classes = getattr(sources[0], "classes", {"class": len(learn.unique())})
     kind = "generated" if isinstance(sources[0], World) else "of your"
     exam = len(pick(sources[1], count // 3))
-    print(f"\nTop-1 % on {exam:,} {kind} clips, held out; ± over {DRAWS} draws of so many labels per "
-          f"class\nfor an attentive head; linear head: all {len(learn):,} labels"
+    print(f"\nTop-1 % on {exam:,} {kind} clips, held out; ± over {DRAWS} draws of so many labels "
+          f"per class\nfor an attentive head; linear head: all {len(learn):,} labels"
           + too_few(learn, LABELS))
     table = {"": {name: name for name in classes}}
     for name, found in rows.items():
@@ -475,12 +475,7 @@ def open_sources(flags, frames, crop):
     """The name of the clips that the command line asks for, and sources to train and test on."""
     if flags.train_list:
         lists = [Path(path).resolve() for path in (flags.train_list, flags.test_list)]
-        sources = [data.Clips(*data.own_videos(path), frames, crop) for path in lists]
-        for path, source in zip(lists, sources):
-            if source.labels is None or max(source.labels) >= MOST_CLASSES:
-                raise ValueError(f"{path} should have lines `path label`, with labels that number "
-                                 "the classes from 0")
-        tell_common(*sources)
+        sources = labelled([*map(data.own_videos, lists)], frames, crop)
         name = f"own-{lists[1].parent.name}-{lists[0].stem}-{lists[1].stem}"
     elif flags.benchmark in (None, "blobs"):
         name = "blobs"
@@ -493,12 +488,20 @@ def open_sources(flags, frames, crop):
     return name, *sources
 
 
-def tell_common(learn, exam):
-    """Say how many of the clips to be tested on are among those to learn from."""
+def labelled(splits, frames, crop):
+    """Sources of the videos of two Splits, to learn from and to be tested on. Raises ValueError
+    where labels are missing, or make no sense; says how many videos are in both."""
+    for split in splits:
+        if split.labels is None or max(split.labels) >= MOST_CLASSES:
+            raise ValueError("each video needs a label that numbers its class from 0 (a list with "
+                             "lines `path label`, or a folder per class), unlike those beside "
+                             f"{split.paths[0]}")
+    learn, exam = sources = [data.Clips(*split, frames, crop) for split in splits]
     both = {*learn.paths} & {*exam.paths}
     if both:
         print(f"in both lists: {len(both):,} of {len(exam):,} test clips; heads learn from them, "
               "so the numbers will be too high")
+    return sources
 
 
 def fingerprint(*parts):

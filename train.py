@@ -27,7 +27,7 @@ PRESETS = {
     "blobs": dict(PAPER, frames=8, crop=128, fps=4, batch=16, steps=5000, ctx_weight=0.0),
 }
 # Where a run runs, when it saves and when it gives up: what changes nothing that it computes.
-NOT_COMPUTED = ("out", "device", "compile", "threads", "workers", "save_every", "max_broken")
+NOT_COMPUTED = ("out", "device", "compile", "threads", "workers", "save_every")
 
 
 # -------------------------------------------------------------------- settings and the command line
@@ -56,7 +56,6 @@ class Config:
     crop: int = setting(32, "height and width of a clip in pixels", 1)
     frame_step: int = setting(1, "frames of the video from one frame of a clip to the next", 1)
     fps: int = setting(0, "if given, the frame step is ceil(video's frames per second) // this")
-    max_broken: float = setting(0.05, "stop if more than this share of clips is unreadable", most=1)
 
     model: str = setting("tiny", "size of the networks; a wrong name prints all", group="model")
     weights: str = setting("", "a V-JEPA 2.1 checkpoint for the encoder to start from")
@@ -208,8 +207,7 @@ class JEPA(nn.Module):
         """What is to be predicted: features of the whole clip, [B, N, 4D]. Without EMA they come
         from the encoder itself and carry gradient."""
         encoder = self.target if self.objective.ema else self.encoder
-        h = encoder(clips)
-        return level_normalise(h) if self.objective.level_norm else h
+        return level_normalise(encoder(clips))
 
     def forward(self, clips, masks, weights, context=True, groups=1):
         """uint8 clips [B, 3, T, H, W], list of (visible, masked), loss weights -> losses by name,
@@ -452,23 +450,16 @@ def probed_clips(config, encoder):
     if not config.data or not (config.probe_clips or config.probe_every):
         return probe.held_out(encoder, asdict(config))
     splits = [data.own_videos(path) for path in (config.data, config.test_list) if path]
-    labels = [split.labels for split in splits]
-    if labels == [None]:
-        return probe.held_out(encoder, asdict(config))
-
-    without = "give --probe-clips 0 --probe-every 0 to train without probes"
-    if None in labels:
-        raise ValueError(f"--data and --test-list both need a label for each video; {without}")
-    if max(map(max, labels)) >= probe.MOST_CLASSES:
-        raise ValueError(f"a label is too large: they number the classes from 0; {without}")
-    if not config.test_list:
+    if len(splits) == 1:
+        if splits[0].labels is None:
+            return probe.held_out(encoder, asdict(config))
         splits = data.hold_out(*splits)
-    if not splits[1].paths:
-        raise ValueError(f"no class of {config.data} has 3 videos, so none can be held out; give "
-                         f"--test-list, or {without}")
-    sources = [data.Clips(*split, config.frames, config.crop) for split in splits]
-    probe.tell_common(*sources)
-    return sources
+    try:
+        if not splits[1].paths:
+            raise ValueError(f"no class of {config.data} has 3 videos, so none can be held out")
+        return probe.labelled(splits, config.frames, config.crop)
+    except ValueError as error:
+        raise ValueError(f"{error}; --probe-clips 0 --probe-every 0 trains without probes")
 
 
 def prepare(config, rank, ranks, device):
@@ -537,15 +528,12 @@ def open_run(config, trainer, resume):
     (or None). Raises ValueError, before anything is written, where the folder holds anything else
     than the beginning of this run."""
     folder, checkpoint = Path(config.out), None
-    names = {path.name for path in folder.iterdir() if path.suffix != ".tmp"}
-    begun = names & {"last.pt", "metrics.csv"}
-    if not begun and names - {"config.json", "unreadable.txt"}:
-        raise ValueError(f"{folder} holds something that is not a run; choose another --out")
-    if begun and not resume:
-        raise ValueError(f"{folder} holds a run already; add --resume to go on with it, or choose "
-                         "another --out")
-
     path, settings = folder / "config.json", {**asdict(config), "definition": trainer.definition}
+    names = {path.name for path in folder.iterdir() if path.suffix != ".tmp"}
+    begun = names - {"config.json", "unreadable.txt"}  # what is left where the first step failed
+    if begun and not (resume and path.exists()):
+        raise ValueError(f"{folder} is not empty; add --resume to go on with the run of {path}, or "
+                         "choose another --out")
     before = read_json(path) if begun else settings
     different = [f"{name} {before.get(name)} there, {value} here"
                  for name, value in settings.items()
@@ -590,34 +578,35 @@ def report(trainer, row, bar):
         print(f"step {row['step'] + 1} of {config.steps}: {bar.postfix}", flush=True)
 
     drawn = (row["step"] + 1) * config.batch
-    if drawn >= 100 and failed > config.max_broken * (failed + drawn):  # fewer: judged by one file
-        raise ValueError(f"{failed / (failed + drawn):.0%} of the clips cannot be read, more than "
-                         f"--max-broken {config.max_broken:g}; {broken} names them")
+    share = failed / (failed + drawn)
+    if drawn >= 100 and share > data.MAX_BROKEN:  # of fewer clips, one file would decide
+        raise ValueError(f"{share:.0%} of the clips cannot be read, more than "
+                         f"{data.MAX_BROKEN:.0%}; {broken} names them")
 
 
 def draw_curves(trainer):
-    """Draw curves.png: the losses, each with a scale of its own, and below them whether features
-    are alive, with what probes find in them."""
+    """Draw curves.png, a strip for each number over the steps of the run, from 0 to its largest
+    value: losses, whether features are alive, and what probes find in them. The gray line is at 0
+    or, for features, where they count as collapsed."""
     (metrics, probes), steps = trainer.rows.values(), trainer.config.steps
     names = [*metrics[0]]
-    losses = [(name, metrics, None) for name in names[1:names.index("total") + 1]]
-    found = [(name, probes, 100) for row in probes[:1] for name in row if name != "step"]
+    strips = [(name, metrics) for name in (*names[1:names.index("total") + 1], *COLLAPSED)]
+    strips += [(name, probes) for row in probes[:1] for name in row if name != "step"]
 
-    image = Image.new("RGB", (900, 720), "white")
+    image = Image.new("RGB", (900, 80 * len(strips) + 20), "white")
     draw = ImageDraw.Draw(image)
-    for top, curves in (60, losses), (420, [("feature_std", metrics, 1), *found]):
-        draw.rectangle((60, top, 660, top + 240), outline="black")
-        draw.text((60, top - 24), f"steps 0 to {steps}", "black")
-        for j, (name, rows, scale) in enumerate(curves):
-            largest = scale or max(abs(row[name]) for row in rows) or 1
-            points = [(60 + 600 * row["step"] / steps, top + 240 * (1 - row[name] / largest))
-                      for row in rows]
-            colour = f"hsl({65 * j}, 90%, 40%)"
-            draw.text((668, top + 16 * j), f"{name}: 0 to {largest:.3g}", colour)
-            draw.line(points, colour, 2)
-    dead = 660 - 240 * COLLAPSED["feature_std"]
-    draw.line((60, dead, 660, dead), "gray", 2)
-    draw.text((668, dead - 6), "feature_std: collapsed below", "gray")
+    for top, (name, rows) in zip(range(10, image.height, 80), strips):
+        dead = COLLAPSED.get(name, 0)
+        most = max(dead, *(row[name] for row in rows)) or 1
+        line = top + 70 * (1 - dead / most)
+        curve = [(10 + 650 * row["step"] / steps, top + 70 * (1 - row[name] / most))
+                 for row in rows]
+        draw.line((10, line, 660, line), "gray")
+        if dead:
+            draw.text((668, line - 6), "collapsed below", "gray")
+        draw.line(curve, "black", 2)
+        draw.text((668, top), f"{name}\n0 to {most:.3g}", "black")
+    draw.text((10, image.height - 15), f"steps 0 to {steps}", "black")
     buffer = io.BytesIO()
     image.save(buffer, "png")
     write_file(Path(trainer.config.out, "curves.png"), buffer.getvalue())
@@ -645,7 +634,8 @@ def run_steps(trainer, batches, rank):
             if (logging or saving) and not trainer.healthy:
                 raise FloatingPointError(
                     f"the loss or its gradient was not finite by step {step}; {config.out}/last.pt "
-                    "is the last good checkpoint, if there is one; start again with a lower --lr")
+                    "is the last good checkpoint, if there is one; start again with a lower "
+                    "--lr and another --out")
             if rank == 0 and config.probe_every and (last or step % config.probe_every == 0):
                 trainer.probe(step)
             if logging:

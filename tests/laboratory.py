@@ -18,7 +18,7 @@ from objectives import OBJECTIVES, over_channels
 BASELINE, whole = OBJECTIVES["baseline"], train.build
 OBJECTIVES.update({
     "baseline-without-stop_gradient": replace(BASELINE, ema=False),
-    "baseline-without-level_norm": replace(BASELINE, level_norm=False),
+    "baseline-without-level_norm": BASELINE,
     "baseline-without-predictor": BASELINE,
     "baseline-without-l1": BASELINE,
     "baseline-without-cut": BASELINE,
@@ -28,8 +28,7 @@ OBJECTIVES.update({
 
 def squared_errors(outputs):
     """`masked_errors`, squared."""
-    return outputs.errors or [(mask.p - take(outputs.h, mask.masked)).square()
-                              for mask in outputs.masks]
+    return [(mask.p - take(outputs.h, mask.masked)).square() for mask in outputs.masks]
 
 
 def squared_distance(a, b):
@@ -56,6 +55,8 @@ def build(config):
     what = config.objective.partition("-without-")[2]
     if what == "predictor":  # without blocks, no prediction depends on what is visible
         SIZES[config.model] = SIZES[config.model]._replace(predictor_depth=0)
+    elif what == "level_norm":
+        train.level_normalise = lambda features: features
     elif what == "l1":
         objectives.masked_errors, objectives.distance = squared_errors, squared_distance
     elif what == "cut":

@@ -1146,13 +1146,13 @@ def test_every_third_clip_of_a_class_is_held_out():
 @pytest.mark.parametrize("content, message", [
     ("a.mp4 1\nb.mp4\n", "gives some of its videos no label; give all a label, or none"),
     ("a.mp4\n\nb.mp4 1\n", "gives some of its videos no label"),
-    ("path,label\na.mp4,1\n", "a line of .* is not `path` or `path label`: path,label"),
-    ("a.mp4 1\nb.mp4 dog\n", "is not `path` or `path label`: b.mp4 dog"),
+    ("path,label\na.mp4,1\n", "is not .* the label a whole number: path,label"),
+    ("a.mp4 1\nb.mp4 dog\n", "is not `path` or `path label`, the label a whole number: b.mp4 dog"),
     ("a.mp4 1 x\n", "a line of .* is not `path`"),
     ("a.mp4 -1\n", "a line of .* is not `path`"),
     ("a.mp4;1\n", "a line of .* is not `path`"),
-    ("", "lists no video that exists"),
-    ("gone.mp4 1\n", "lists no video that exists; its first: .*gone.mp4"),
+    ("", "lists no video that exists: 0 lines"),
+    ("gone.mp4 1\n", "lists no video that exists: 1 lines .*gone.mp4"),
     (b"\xff\xfe\x00\x81", "is not `path` or `path label`"),
     (None, "No such file or directory: '.*videos.csv'")])
 def test_lists_that_make_no_sense(tmp_path, content, message):
@@ -1383,6 +1383,21 @@ def test_check_names_what_cannot_be_read_and_allows_a_twentieth(copy, capsys):
     )
 
 
+def test_a_list_in_a_folder_gives_its_labels_and_both_can_be_checked(tmp_path, capsys):
+    """As `--write` leaves them. A list of that name decides; other files of the folder do not."""
+    for i in range(2):
+        write_video(tmp_path / f"{i}.mp4", 16)
+    (tmp_path / "videos.csv").write_text("1.mp4 3\n")
+    split = data.own_videos(tmp_path)
+    assert split == data.own_videos(tmp_path / "videos.csv")
+    assert split.labels == [3] and [path.name for path in split.paths] == ["1.mp4"]
+    for place in tmp_path, tmp_path / "videos.csv":
+        data.check(place, workers=0)
+        output = capsys.readouterr().out
+        assert f"Videos of {place}, of every split: 1\n" in output
+        assert f"python train.py --data '{place}' --frame-step 2\n" in output
+
+
 def test_check_of_videos_of_your_own_beside_a_dataset_that_no_preset_takes(copy, capsys):
     for folder in ("UCF-101", "ucfTrainTestlist", "20bn-something-something-v2", "rgb"):
         shutil.rmtree(copy / folder)
@@ -1393,7 +1408,7 @@ def test_check_of_videos_of_your_own_beside_a_dataset_that_no_preset_takes(copy,
     data.check(copy, workers=0)
     output = capsys.readouterr().out
     assert output.count(" is missing; README.md, ") == 3 and "imagenet100, train: 6 of " in output
-    assert f"Videos below {copy}, of every split: 1; other files: " in output
+    assert f"Videos of {copy}, of every split: 1" in output
     assert output.splitlines()[-2:] == [
         f"Train on a CPU with: python train.py --data '{copy}' --frame-step 1",
         f"Train on a GPU with: python train.py --preset mixed --data '{copy}' --frame-step 1"]

@@ -550,8 +550,8 @@ def test_a_sweep_with_an_objective_of_your_own_goes_on_and_names_what_failed(min
         and "study/baseline-seed1 failed with exit status 1" in errors
     )
     assert (
-        "end of study/baseline-seed1.log: train.py: study/baseline-seed1 holds something that is "
-        "not a run"
+        "end of study/baseline-seed1.log: train.py: study/baseline-seed1 is not empty; add "
+        "--resume"
         in errors
     )
     whole, resumed = (
@@ -637,8 +637,8 @@ def test_controls_are_ld_with_another_clips_targets_and_fwm_objectives_without_f
 @pytest.fixture
 def laboratory(monkeypatch):
     """tests/laboratory.py; what it adds to tables and what its runs replace is put back."""
-    for place, name in ((train, "build"), (train, "draw_masks"), (objectives, "masked_errors"),
-                        (objectives, "distance")):
+    for place, name in ((train, "build"), (train, "draw_masks"), (train, "level_normalise"),
+                        (objectives, "masked_errors"), (objectives, "distance")):
         monkeypatch.setattr(place, name, getattr(place, name))
     monkeypatch.setitem(SIZES, "tiny", SIZES["tiny"])
     monkeypatch.delitem(sys.modules, "laboratory", raising=False)
