@@ -648,5 +648,6 @@ def check_terms(outputs, objective, heads):
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError) as error:
-            what = " ".join(str(error).split())
-            raise ValueError(f"the term {name!r} does not work: {what}") from error
+            what, how = " ".join(str(error).split()), "with" if name in heads else "without"
+            raise ValueError(f"the term {name!r}, called {how} a head of HEADS, does not work: "
+                             + what) from error

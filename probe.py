@@ -440,8 +440,10 @@ def show(rows, sources, count):
     """Print what `probe_clips` found of these sources, {name of an encoder: found}, as a table
     beside chance."""
     learn = max(sources[0].factors(pick(sources[0], count)).values(), key=torch.Tensor.max)
-    classes = getattr(sources[0], "classes", {"class": len(learn.unique())})
-    kind = "generated" if isinstance(sources[0], World) else "of your"
+    if isinstance(sources[0], World):
+        kind, classes = "generated", sources[0].classes
+    else:
+        kind, classes = "of your", {"class": len({*sources[0].labels, *sources[1].labels})}
     exam = len(pick(sources[1], count // 3))
     print(f"\nTop-1 % on {exam:,} {kind} clips, held out; ± over {DRAWS} draws of so many labels "
           f"per class\nfor an attentive head; linear head: all {len(learn):,} labels"
@@ -576,8 +578,9 @@ def evaluate(frozen, name, sources, flags):
         extract(frozen, source, f"{name}-{split}", recipe.pooled, flags.workers)
         for split, source in zip(("train", "test"), sources)]
     classes = len({*sources[0].labels, *sources[1].labels})
-    print(f"{frozen.about}, {name}: {len(sources[0]):,} clips to learn from, {len(sources[1]):,} "
-          f"to be tested on, {classes} classes, chance {100 / classes:.1f}")
+    counts = [(split.labels >= 0).sum() for split in (train, test)]
+    print(f"{frozen.about}, {name}: {counts[0]:,} clips to learn from, {counts[1]:,} to be tested "
+          f"on, {classes} classes, chance {100 / classes:.1f}")
 
     pooled = train.pool(), test.pool()
     for k in flags.shots:  # 0: all labels

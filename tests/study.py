@@ -721,13 +721,13 @@ def parse(arguments):
     flags, others = parser.parse_known_args(arguments)
     if flags.own and not flags.own.endswith(".py"):
         parser.error(f"--with takes a Python file, NAME.py, not {flags.own}")
-    if others and not flags.objective:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
     asked = (flags.objective, flags.table, flags.answer, flags.confirm, flags.curves,
              flags.agree, flags.compare, flags.gradients, flags.child)
     if not any(asked):
         parser.error("say what to do: --objective, --table, --answer, --confirm, --curves, "
                      "--agree, --compare or --gradients")
+    if others and not flags.objective:
+        parser.error(f"these go with --objective alone: {' '.join(others)}")
     return flags, others
 
 

@@ -523,6 +523,10 @@ def test_the_table_of_your_own_clips_stands_beside_chance_and_says_where_labels_
     assert few.split() == "trained, 5 30.0 ± 15.8".split()
     assert linear.split() == "trained, linear 61.2".split()
     assert chance.split() == "chance 12.5".split()
+    # A class that is only tested counts, as it does for a head.
+    sources = [data.Clips("abcd", labels, 2, 8) for labels in ([0, 0, 1, 1], [0, 1, 2, 3])]
+    probe.show({"trained": draws}, sources, 4)
+    assert capsys.readouterr().out.split()[-2:] == ["chance", "25.0"]
 
 
 # -------------------------------------------------------------------------------- features in files
@@ -684,7 +688,7 @@ def test_a_result_says_how_it_came_about_and_keeps_what_was_measured_before(
     output = capsys.readouterr().out
     assert f"top-1 {mean:5.1f} ± {deviation:.1f} over 2\n" in output
     assert (
-        "40 clips to learn from, 16 to be tested on," in output
+        "39 clips to learn from, 15 to be tested on," in output
         and "8 classes, chance 12.5\n" in output
     )
     assert probe.main([*flags, "--shots", "1"]) == 0
@@ -843,7 +847,7 @@ def test_own_lists_compare_trained_and_untrained_weights_and_name_what_is_missin
     assert "1 of 6 clips" in output
     seeds = {"": 100, "-untrained": 0}  # whose weights
     parts = re.findall(
-        r"^(.*), own-clips-learn-exam(\S*): 6 clips to learn from, "
+        r"^(.*), own-clips-learn-exam(\S*): 5 clips to learn from, "
         r"2 to be tested on, 4 classes, chance "
         r"25.0\n((?:    .*\n)+)",
         output,

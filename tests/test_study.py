@@ -800,7 +800,8 @@ def test_losses_reach_the_networks_that_the_readme_says():
     "flags, status, sentence",
     [
         ([], 2, "say what to do"),
-        (["--table", "x", "--stepz", "3"], 2, "unrecognized arguments: --stepz 3"),
+        (["--table", "x", "--stepz", "3"], 2, "these go with --objective alone: --stepz 3"),
+        (["--stepz", "3"], 2, "say what to do: --objective"),
         (["--objective", "baseline", "--stepz", "3"], 2, "unrecognized arguments: --stepz 3"),
         (["--objective", "baseline,mine"], 1, "unknown objective 'mine'; known are baseline"),
         (["--with", "mine.py", "--objective", "mine"], 1, "mine.py"),
