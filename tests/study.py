@@ -9,7 +9,7 @@
     python tests/study.py --answer tests/results/study.jsonl
         the primary question, and the trade-off
     python tests/study.py --confirm RESULTS
-        four comparisons by exact sign flips over seeds, Holm over four
+        the primary comparisons by exact sign flips over seeds, Holm over them
     python tests/study.py --curves RESULTS --picture curves.png
         accuracy over training steps, printed and drawn
     python tests/study.py --agree A.jsonl B.jsonl
@@ -495,9 +495,10 @@ SECONDARY = (("fwm_hw_ld", "hw_ld_deep"), ("fwm_ld", "ld"), ("fwm_ld", "ld_deep"
 
 
 def confirm(paths):
-    """Print the comparisons of the confirmation: in all motion together and in appearance. Primary
-    are two of them at 5 labels, by exact sign flips over seeds, Holm over all; everything else is
-    secondary, and uncorrected. An arm's name ends before its settings."""
+    """Print the comparisons of a confirmation, as far as both arms are there: in all motion together
+    and in appearance. Primary are those of `PRIMARY` at 5 labels, by exact sign flips over seeds,
+    Holm over all; everything else is secondary, and uncorrected. An arm's name ends before its
+    settings."""
     table = {name.partition("-")[0]: runs for name, runs in read_results(*paths).items()}
     there = columns_of(table)
     factors = [*([*world.classes][-1] for world in WORLDS.values()), "appearance"]
@@ -505,8 +506,10 @@ def confirm(paths):
     for kind, pairs in itertools.product(("5", "20", "linear"), (PRIMARY, SECONDARY)):
         rows = asked if kind == "5" and pairs == PRIMARY else rest
         columns = [f"{kind} {factor}" for factor in factors if f"{kind} {factor}" in there]
-        rows += [(*pair, column) for pair in pairs for column in columns
-                 if rows is asked or {*pair} <= {*table}]
+        rows += [(*pair, column) for pair in pairs for column in columns if {*pair} <= {*table}]
+    if not asked:
+        raise ValueError(f"there is no run of fwm_hw_ld and of what it is compared with; there are "
+                         f"{', '.join(table)}")
 
     print("Difference in points: mean ± half the 95 % interval over training seeds (Student's t, "
           "not\ncorrected); p: exact sign flips over seeds\n")

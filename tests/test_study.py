@@ -378,6 +378,15 @@ def test_the_confirmation_is_four_exact_comparisons_and_what_else_there_is(tmp_p
     assert f"{cell(10 + wobble, 2.3646)}, p" in lines[2]
     assert all(line.endswith("8 seeds: not corrected") for line in lines[4:])
 
+    path = write_lines(tmp_path / "two.jsonl", {arm: motion[arm] for arm in ("fwm_hw_ld", "hw_ld")})
+    assert study.main(["--confirm", path]) == 0
+    lines = capsys.readouterr().out.splitlines()[3:]
+    assert len(lines) == 2 and all(line.endswith(" (Holm over 2)") for line in lines)
+    path = write_lines(tmp_path / "none.jsonl", {"ld": motion["ld"]})
+    assert study.main(["--confirm", path]) == 1
+    assert "no run of fwm_hw_ld and of what it is compared with; there are ld" in (
+        capsys.readouterr().err)
+
 
 def test_curves_are_means_over_seeds_of_what_the_probes_found_along_the_runs(tmp_path, capsys):
     lines = [{"name": f"{name}-dives", "seed": seed, "along": [
