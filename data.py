@@ -433,7 +433,7 @@ def end_workers():
 
 # ------------------------------------------------------------------------------ lists of your own
 
-LINE = re.compile(r'"?([^"]+?\.\w+)"?(?:[\s,]+"?(\d+)"?)?')
+LINE = re.compile(r'"?([^"]+?\.\w+)"?(?:[\s,]+"?(\d{1,18})"?)?')
 Split = namedtuple("Split", "paths labels")  # labels: whole numbers from 0, or None for all
 
 
@@ -474,12 +474,12 @@ def own_videos(path):
         match = LINE.fullmatch(line)
         if not match:
             raise ValueError(f"a line of {path} is not `path` or `path label`, the label a whole "
-                             f"number: {line}")
+                             f"number: {line!r:.80}")
         pairs.append((path.parent / match[1], match[2] and int(match[2])))
     paths, labels = make_split(pairs)
     if not any(map(os.path.exists, paths)):
-        raise FileNotFoundError(f"{path} lists no video that exists: {len(paths)} lines "
-                                f"{paths[:1]}")
+        raise FileNotFoundError(f"{path} lists {len(paths)} videos, none of which exists: "
+                                + "".join(map(str, paths[:1])))
     if None in labels and {*labels} != {None}:
         raise ValueError(f"{path} gives some of its videos no label; give all a label, or none")
     return Split(paths, None if None in labels else labels)
@@ -716,8 +716,9 @@ def check(root, workers):
     if usable.get("ucf101"):
         preset = "mixed" if all(map(usable.get, MIXED)) else "ucf101"
         return print(f"Train with: python train.py --preset {preset} --root '{root}'")
-    paths = own_videos(root).paths
-    print(f"Videos of {root}, of every split: {len(paths):,}")
+    paths, labels = own_videos(root)
+    print(f"Videos of {root}, of every split: {len(paths):,}; "
+          f"classes by their labels: {len(set(labels or ()))}")
     count = inspect("videos", paths, workers)
     if not count:
         raise ValueError(f"too many of the videos in {root} cannot be read")

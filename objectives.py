@@ -215,6 +215,8 @@ def over_channels(x):
 
 def distance(a, b):
     """|a - b|, averaged over channels: [..., C] -> [...]."""
+    if a.shape != b.shape:  # broadcast, they would train all the same
+        raise ValueError(f"it compares {list(a.shape)} with {list(b.shape)}")
     return over_channels((a - b).abs())
 
 
@@ -284,7 +286,7 @@ def context_loss(outputs):
 # -------------------------------------------------------------------------------- auxiliary terms
 
 def hard_weights(error):
-    """n softmax(error) over the last of the axes [..., n], without gradient; their mean is 1."""
+    """K softmax(error) over the last of the axes [..., K], without gradient; their mean is 1."""
     return error.shape[-1] * error.detach().softmax(-1)
 
 
@@ -329,8 +331,8 @@ def static_appearance(outputs):
 
 
 def uncorrelated_factors(outputs):
-    """Factorised world model, second half: mean(C^2), C = A^T Dyn / (n - 1), A and Dyn the shallow
-    and the deep levels of all n visible tokens of the batch, centred; in float32. A constant
+    """Factorised world model, second half: mean(C^2), C = A^T Dyn / (M - 1), A and Dyn the shallow
+    and the deep levels of all M = B n visible tokens of the batch, centred; in float32. A constant
     encoder makes this zero, too."""
     total = 0.0
     for mask in outputs.masks:
@@ -344,15 +346,16 @@ def uncorrelated_factors(outputs):
 def temporal_spectrum(outputs):
     """Temporal spectrum: mean |w (FFT(Z) - FFT(H))| at places visible at each of t >= 4 time steps.
     Real FFT over time, |.| the complex magnitude; w rises linearly from 0.1 at frequency 0 to 1."""
-    t, h, w = outputs.grid
+    t, rows, columns = outputs.grid
+    cells = rows * columns
 
     def errors(mask):
         tokens = mask.visible.unsqueeze(-1).expand_as(mask.z)
         z = torch.zeros_like(outputs.h, dtype=mask.z.dtype).scatter(1, tokens, mask.z)
         difference = at_least_float32(z - outputs.h.detach())  # (B, N, 4D)
-        magnitude = torch.fft.rfft(difference.unflatten(1, (t, h * w)), dim=1).abs()
+        magnitude = torch.fft.rfft(difference.unflatten(1, (t, cells)), dim=1).abs()
         weight = torch.linspace(0.1, 1, t // 2 + 1, device=z.device, dtype=magnitude.dtype)
-        steps_seen = F.one_hot(mask.visible % (h * w), h * w).sum(1)  # (B, h*w)
+        steps_seen = F.one_hot(mask.visible % cells, cells).sum(1)  # (B, cells)
         return (weight.view(-1, 1, 1) * magnitude).mean((1, 3)), (steps_seen == t) & (t >= 4)
     return mean_over_masks(map(errors, outputs.masks))
 
@@ -470,10 +473,10 @@ def mlp(*widths):
     return nn.Sequential(*layers[1:])
 
 
-HEADS = {  # `seen` channels go in: all 4D, or those of the deep levels
-    "ld": lambda seen, channels: mlp(seen, 256, channels),
-    "ac": lambda seen, channels: mlp(seen, 256, 3),
-    "hamiltonian": lambda seen, channels: mlp(channels, 256, 256, 1),
+HEADS = {  # width_in: what goes in, all 4D channels or those of the deep levels; channels: 4D
+    "ld": lambda width_in, channels: mlp(width_in, 256, channels),
+    "ac": lambda width_in, channels: mlp(width_in, 256, 3),
+    "hamiltonian": lambda width_in, channels: mlp(width_in, 256, 256, 1),
 }
 
 
@@ -482,8 +485,8 @@ def make_heads(objective, width):
     channels, heads = LEVELS * width, nn.ModuleDict()
     for name, term in objective.terms.items():
         if name in HEADS:
-            seen = channels // 2 if "dynamics_only" in term.options else channels
-            heads[name] = HEADS[name](seen, channels)
+            width_in = channels // 2 if "dynamics_only" in term.options else channels
+            heads[name] = HEADS[name](width_in, channels)
     return heads
 
 
@@ -639,15 +642,18 @@ def check_terms(outputs, objective, heads):
         if name in ("pred", "ctx", "total", "hard_share"):
             raise ValueError(f"the term {name!r} has the name of a loss that is there already")
         if name not in TERMS:
-            raise ValueError(f"the objective has a term {name!r} that is not in TERMS")
+            raise ValueError(f"the objective has a term {name!r} that is not in TERMS: "
+                             + ", ".join(TERMS))
         try:
             with torch.random.fork_rng():
                 value = term_value(name, outputs, objective, heads)
-            if not torch.is_tensor(value) or value.dim() or not value.isfinite():
-                raise ValueError("it gives no scalar tensor (average it), or no finite one")
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError) as error:
             what, how = " ".join(str(error).split()), "with" if name in heads else "without"
             raise ValueError(f"the term {name!r}, called {how} a head of HEADS, does not work: "
                              + what) from error
+        if not torch.is_tensor(value) or value.dim() or not value.isfinite():
+            given = " ".join(str(value).split())
+            raise ValueError(f"the term {name!r} should give a tensor of one finite number, not "
+                             f"{given:.60}")

@@ -121,7 +121,6 @@ HELD_OUT = 1_000_003  # seeds of the probes' clips: far from those of any traini
 WEIGHT_DECAY = 0.01
 CHUNK = 16  # clips that are read and encoded together
 ALONG_TRAIN, ALONG_TEST = 400, 128  # along a run: clips to draw labels from, and to be tested on
-MOST_CLASSES = 100_000  # a head has an output for each; a larger label is a date or an identifier
 
 
 # ------------------------------------------------------------------------------ frozen encoders
@@ -347,6 +346,12 @@ def accuracies(recipe, train, test, seeds, device, shots=0, progress=""):
     """
     if min(train.labels.max(), test.labels.max()) < 0:
         raise ValueError("no clip can be read; `python data.py --check` says why")
+    # A head has an output for each class that is there, whatever its number.
+    labels = torch.cat((train.labels, test.labels))
+    classes = labels[labels >= 0].unique()
+    numbers = torch.searchsorted(classes, labels).where(labels >= 0, -1)
+    numbers = numbers.split((len(train.labels), len(test.labels)))
+    train, test = [Labelled(*each) for each in zip((train.features, test.features), numbers)]
     if recipe.pooled:
         train, test = train.pool(), test.pool()
     if recipe.head == "standardised":
@@ -358,12 +363,11 @@ def accuracies(recipe, train, test, seeds, device, shots=0, progress=""):
                        for features, labels in (train, test)]
 
     kind = AttentiveHead if recipe.head == "attentive" else LinearHead
-    classes = int(max(train.labels.max(), test.labels.max())) + 1
     heads = []
     with torch.random.fork_rng(devices=[]):
         for seed in seeds:
             torch.default_generator.manual_seed(seed)
-            heads.append(kind(train.features.shape[-1], classes))
+            heads.append(kind(train.features.shape[-1], len(classes)))
     orders = [clip_order(draw_shots(train.labels, shots, seed), recipe, seed)
               for seed in (seeds if shots else seeds[:1])]
     weights = train_heads(heads, train, orders, recipe, device, progress)
@@ -403,7 +407,8 @@ def look(encoder, source, items, about, workers=0):
 
 
 def probe_clips(encoder, sources, count, seed=0, shots=(LABELS,), about="the encoder", workers=0):
-    """What clips tell of an encoder, top-1 %: {k: {factor: [of each draw]}, "linear": {factor: %}}.
+    """What clips tell of an encoder: {"clips": how many could be read, k: {factor: [top-1 % of each
+    draw]}, "linear": {factor: top-1 %}}.
 
     sources: a world or a labelled source to learn from, `count` clips of it, and one to be tested
     on, a third as many. k: attentive heads on all tokens, from k labelled clips per class (0, named
@@ -416,8 +421,10 @@ def probe_clips(encoder, sources, count, seed=0, shots=(LABELS,), about="the enc
         return accuracies(recipe, learn[factor], exam[factor], range(seed, seed + draws),
                           encoder.video.device, k, factor)
 
-    found = {str(k or "all"): {factor: top1(FEW, factor, DRAWS, k) for factor in sources[0].few}
-             for k in shots}
+    clips = [int((next(iter(split.values())).labels >= 0).sum()) for split in (learn, exam)]
+    found = {"clips": dict(zip(("learn", "test"), clips))}
+    for k in shots:
+        found[str(k or "all")] = {factor: top1(FEW, factor, DRAWS, k) for factor in sources[0].few}
     found["linear"] = {factor: top1(LINEAR, factor, 1, 0)[0] for factor in sources[0].linear}
     return found
 
@@ -444,14 +451,15 @@ def show(rows, sources, count):
         kind, classes = "generated", sources[0].classes
     else:
         kind, classes = "of your", {"class": len({*sources[0].labels, *sources[1].labels})}
-    exam = len(pick(sources[1], count // 3))
-    print(f"\nTop-1 % on {exam:,} {kind} clips, held out; ± over {DRAWS} draws of so many labels "
-          f"per class\nfor an attentive head; linear head: all {len(learn):,} labels"
+    clips = next(iter(rows.values()))["clips"]
+    print(f"\nTop-1 % on {clips['test']:,} {kind} clips, held out; ± over {DRAWS} draws of so many"
+          f"\nlabels per class for an attentive head; linear head: all {clips['learn']:,} labels"
           + too_few(learn, LABELS))
     table = {"": {name: name for name in classes}}
     for name, found in rows.items():
         for kind, values in found.items():
-            table[f"{name}, {kind}"] = {factor: mean(tops) for factor, tops in values.items()}
+            if kind != "clips":
+                table[f"{name}, {kind}"] = {factor: mean(tops) for factor, tops in values.items()}
     table["chance"] = {name: mean(100 / many) for name, many in classes.items()}
     for name, cells in table.items():
         print(f"{name:<24}" + "".join(f"{cells.get(factor, ''):<14}" for factor in classes))
@@ -492,12 +500,11 @@ def open_sources(flags, frames, crop):
 
 def labelled(splits, frames, crop):
     """Sources of the videos of two Splits, to learn from and to be tested on. Raises ValueError
-    where labels are missing, or make no sense; says how many videos are in both."""
-    for split in splits:
-        if split.labels is None or max(split.labels) >= MOST_CLASSES:
-            raise ValueError("each video needs a label that numbers its class from 0 (a list with "
-                             "lines `path label`, or a folder per class), unlike those beside "
-                             f"{split.paths[0]}")
+    where labels are missing; says how many videos are in both."""
+    for split, what in zip(splits, ("learn from", "be tested on")):
+        if split.labels is None:
+            raise ValueError(f"each video to {what} needs a label: a list with lines `path label`, "
+                             "or a folder per class")
     learn, exam = sources = [data.Clips(*split, frames, crop) for split in splits]
     both = {*learn.paths} & {*exam.paths}
     if both:
@@ -582,7 +589,6 @@ def evaluate(frozen, name, sources, flags):
     print(f"{frozen.about}, {name}: {counts[0]:,} clips to learn from, {counts[1]:,} to be tested "
           f"on, {classes} classes, chance {100 / classes:.1f}")
 
-    pooled = train.pool(), test.pool()
     for k in flags.shots:  # 0: all labels
         few = FEW, FEW._replace(head="standardised", pooled=True)
         for each in few if k else (recipe, LINEAR):
@@ -590,8 +596,8 @@ def evaluate(frozen, name, sources, flags):
                 each = each._replace(epochs=flags.probe_epochs)
             seeds = [flags.seed + i for i in range(DRAWS if k else flags.seeds)]
             measurement = f"{k or 'all'} labels, {each.head} head"
-            values = accuracies(each, *(pooled if each.pooled else (train, test)), seeds,
-                                frozen.encoder.video.device, k, measurement)
+            values = accuracies(each, train, test, seeds, frozen.encoder.video.device, k,
+                                measurement)
             how = {**each._asdict(), "k": k, "seeds": seeds}
             found[measurement] = {"values": values, "how": how}
             print(f"    {measurement:<36} top-1 {mean(values)} over {len(values)}"

@@ -66,7 +66,7 @@ class Config:
     batch: int = setting(16, "clips per step, over all processes", 1)
     micro_batch: int = setting(0, "clips masked and averaged together; 0: all that a process has")
     lr: float = setting(3e-4, "learning rate after warm-up, the first 1 %% of the steps")
-    warmup_lr: float = setting(1e-4, "learning rate before step 0")
+    warmup_lr: float = setting(1e-4, "learning rate from which the warm-up rises")
     weight_decay: float = setting(0.04, "of all but biases and 1-D tensors")
     ema: float = setting(0.99, "momentum of the target encoder", most=1)
     ctx_weight: float = setting(0.5, "what the context loss counts for at the end of the run")
@@ -306,7 +306,7 @@ class Trainer:
             for network in self.model.encoder, self.model.target:
                 network.load_state_dict(pretrained.state_dict())
         self.objective = self.model.objective
-        # A target that never moves says nothing.
+        # The network that is probed; a target that never moves says nothing.
         self.evaluated = "encoder" if config.ema == 1 else self.objective.evaluated
         self.optimizer = make_optimizer(self.model, config)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -337,11 +337,11 @@ class Trainer:
         #    of the steps. What a term draws at random is fresh at every step, equal on all ranks,
         #    and the same after a resume.
         torch.manual_seed(self.config.seed * 1_000_003 + step)
-        numbers = coefficients(self.objective, step, self.config.steps, self.config.ctx_weight)
-        context, groups = numbers["ctx"] > 0 or self.logs(step), len(micro_batches) * self.ranks
+        weights = coefficients(self.objective, step, self.config.steps, self.config.ctx_weight)
+        context, groups = weights["ctx"] > 0 or self.logs(step), len(micro_batches) * self.ranks
         # Tensors, since a compiled step would be compiled again for every new Python number.
-        values = torch.tensor([*numbers.values()])
-        weights = dict(zip(numbers, values.to(self.device, non_blocking=True)))
+        tensors = torch.tensor([*weights.values()]).to(self.device, non_blocking=True)
+        weights = dict(zip(weights, tensors))
         warm = min(1.0, (step + 1) / max(1, self.config.steps // 100))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.warmup_lr + (self.config.lr - self.config.warmup_lr) * warm

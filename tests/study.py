@@ -2,7 +2,7 @@
 
     python tests/study.py --objective all --seeds 0,1,2 --out runs/study
         a sweep; the same command goes on if it was cut off
-    python tests/study.py --with mine.py --objective baseline,mine
+    python tests/study.py --with mine.py --objective baseline,ahead
         with objectives of your own, 3 seeds
     python tests/study.py --table runs/study/results.jsonl
         what the runs found, and how far they differ from one of them
@@ -99,6 +99,7 @@ def one_run(flags, shots, fresh=False, head_steps=HEAD_STEPS):
             first = probe.DRAWS * config.seed
         found = probe.probe_clips(encoder, train.probed_clips(config, encoder),
                                   config.probe_clips, first, shots)
+        del found["clips"]
         for kind, values in found.items():
             numbers |= {f"{kind} {factor}": value for factor, value in values.items()}
 

@@ -1146,13 +1146,13 @@ def test_every_third_clip_of_a_class_is_held_out():
 @pytest.mark.parametrize("content, message", [
     ("a.mp4 1\nb.mp4\n", "gives some of its videos no label; give all a label, or none"),
     ("a.mp4\n\nb.mp4 1\n", "gives some of its videos no label"),
-    ("path,label\na.mp4,1\n", "is not .* the label a whole number: path,label"),
-    ("a.mp4 1\nb.mp4 dog\n", "is not `path` or `path label`, the label a whole number: b.mp4 dog"),
+    ("path,label\na.mp4,1\n", "is not .* the label a whole number: 'path,label'"),
+    ("a.mp4 1\nb.mp4 dog\n", "is not `path` or .* the label a whole number: 'b.mp4 dog'"),
     ("a.mp4 1 x\n", "a line of .* is not `path`"),
     ("a.mp4 -1\n", "a line of .* is not `path`"),
     ("a.mp4;1\n", "a line of .* is not `path`"),
-    ("", "lists no video that exists: 0 lines"),
-    ("gone.mp4 1\n", "lists no video that exists: 1 lines .*gone.mp4"),
+    ("", "lists 0 videos, none of which exists"),
+    ("gone.mp4 1\n", "lists 1 videos, none of which exists: .*gone.mp4"),
     (b"\xff\xfe\x00\x81", "is not `path` or `path label`"),
     (None, "No such file or directory: '.*videos.csv'")])
 def test_lists_that_make_no_sense(tmp_path, content, message):
@@ -1394,7 +1394,7 @@ def test_a_list_in_a_folder_gives_its_labels_and_both_can_be_checked(tmp_path, c
     for place in tmp_path, tmp_path / "videos.csv":
         data.check(place, workers=0)
         output = capsys.readouterr().out
-        assert f"Videos of {place}, of every split: 1\n" in output
+        assert f"Videos of {place}, of every split: 1; classes by their labels: 1\n" in output
         assert f"python train.py --data '{place}' --frame-step 2\n" in output
 
 

@@ -844,7 +844,7 @@ def test_heads_have_the_widths_of_the_paper():
 
 
 def test_a_head_is_added_by_a_line_of_the_table(monkeypatch):
-    monkeypatch.setitem(HEADS, "mine", lambda seen, channels: nn.Linear(seen, channels + 1))
+    monkeypatch.setitem(HEADS, "mine", lambda width_in, channels: nn.Linear(width_in, channels + 1))
     for options, seen in (({}, 12), ({"dynamics_only": True}, 6)):
         objective = replace(
             OBJECTIVES["baseline"], terms={"mine": Term(1.0, options), "delta": Term(1.0)}
@@ -911,10 +911,10 @@ def test_annealing_goes_by_epochs():
 
 
 FAULTY = {  # what is wrong with a term, and what the sentence says of it
-    "not in the table": (None, None, "'mine' that is not in TERMS"),
-    "no scalar": (lambda outputs: outputs.masks[0].z.mean(-1), None, "no finite one"),
-    "a number": (lambda outputs: 3.0, None, "no finite one"),
-    "nothing": (lambda outputs: None, None, "no finite one"),
+    "not in the table": (None, None, "'mine' that is not in TERMS: hw, delta, "),
+    "no scalar": (lambda outputs: outputs.masks[0].z.mean(-1), None, r"one finite number, not tens"),
+    "a number": (lambda outputs: 3.0, None, "a tensor of one finite number, not 3.0$"),
+    "nothing": (lambda outputs: None, None, "a tensor of one finite number, not None$"),
     "errors with channels": (
         lambda outputs: mean_over_pairs(outputs, lambda at: (at.z_next - at.z).abs()), None,
         r"its errors have the shape \[2, \d+, 12\] instead of \[2, \d+\]"),
@@ -922,8 +922,11 @@ FAULTY = {  # what is wrong with a term, and what the sentence says of it
                 "called without a head of HEADS, does not work: .* required positional"),
     "a narrow head": (lambda outputs, head: head(outputs.h).mean(), nn.Linear(5, 1).double(),
                       "mat1 and mat2 shapes cannot be multiplied"),
-    "not a number": (lambda outputs: outputs.h.mean() * math.nan, None, "no finite one"),
-    "infinite": (lambda outputs: outputs.h.mean() / 0, None, "no finite one"),
+    "a head of one channel": (
+        lambda outputs, head: mean_over_pairs(outputs, lambda at: distance(head(at.z), at.z_next)),
+        nn.Linear(12, 1).double(), r"it compares \[2, \d+, 1\] with \[2, \d+, 12\]"),
+    "not a number": (lambda outputs: outputs.h.mean() * math.nan, None, r"not tensor\(nan"),
+    "infinite": (lambda outputs: outputs.h.mean() / 0, None, r"not tensor\(-?inf"),
 }
 
 

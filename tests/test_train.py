@@ -323,6 +323,7 @@ def test_as_released_without_ema_the_evaluated_encoder_is_the_untrained_one(
     def weigh(encoder, *_, **__):
         weight = sum(p.double().sum().item() for p in encoder.parameters())
         return {
+            "clips": {"learn": 1, "test": 1},
             "5": {name: [weight] * 5 for name in probe.WORLDS["default"].classes},
             "linear": dict.fromkeys(probe.WORLDS["default"].classes, weight),
         }
@@ -794,7 +795,7 @@ def test_too_many_files_that_cannot_be_read_stop_the_run(tmp_path, videos, monke
 @pytest.mark.parametrize(
     "content, sentence",
     [
-        ("", "no video"),
+        ("", "lists 0 videos"),
         ("a.mp4 x y\n", "a.mp4 x y"),
         ("gone.mp4 1\n", "gone.mp4"),
         ("text.mp4 1\n", "cannot be read"),
@@ -1189,9 +1190,9 @@ def test_labels_that_cannot_be_used_are_one_sentence_and_without_any_the_table_s
     monkeypatch.setattr(probe, "LINEAR", probe.LINEAR._replace(epochs=1))
     monkeypatch.setattr(probe, "FEWEST_CLIPS", 64)
     flags = [*QUICK, "--steps", "1", "--probe-clips", "64"]
-    both = "each video needs a label that numbers its class"
-    for lists, sentence in ((["two"], "no class of"), (["one", "none"], both),
-                            (["none", "one"], both)):
+    learn, exam = (f"each video to {what} needs a label" for what in ("learn from", "be tested on"))
+    for lists, sentence in ((["two"], "no class of"), (["one", "none"], exam),
+                            (["none", "one"], learn)):
         paths = [str(tmp_path / f"{name}.csv") for name in lists]
         given = [text for pair in zip(("--data", "--test-list"), paths) for text in pair]
         assert train.main([*flags, *given, "--out", str(tmp_path / "run")]) == 1
