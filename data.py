@@ -38,7 +38,7 @@ from synthetic import Blobs, Shapes
 VIDEO_FORMATS = {
     "mov": ".mp4 .m4v .mov .3gp .3g2", "matroska": ".mkv .webm", "avi": ".avi",
     "mpeg": ".mpg .mpeg .vob", "mpegts": ".ts .mts .m2ts", "ogg": ".ogv", "flv": ".flv .f4v",
-    "asf": ".wmv .asf", "gif": ".gif", "h264": ".h264"}
+    "asf": ".wmv .asf", "h264": ".h264"}
 VIDEOS = " ".join(VIDEO_FORMATS.values()).split()
 IMAGE_FORMATS = "JPEG PNG BMP PPM TIFF WEBP".split()  # for others Pillow starts Ghostscript
 IMAGES = ".jpg .jpeg .png .bmp .ppm .pgm .tif .tiff .webp".split()
@@ -103,9 +103,6 @@ def open_video(path):
             packets = [packet for packet in container.demux(stream) if packet.size]
             if not packets:
                 raise ValueError("it holds no frames")
-            if container.format.name == "gif" and stream.frames > len(packets):
-                raise ValueError(f"of its {stream.frames} frames only {len(packets)} can be told "
-                                 "apart; save it again, as .mp4 for instance")
             yield stream, packets
     except av.ArgumentError:
         raise Unreadable(path, f"its format is none that is opened: {', '.join(VIDEO_FORMATS)}")

@@ -79,9 +79,7 @@ def write_video(
             codec, rate=rate, options={**FAST.get(codec, {}), **dict(options)}
         )
         stream.height, stream.width = size
-        stream.pix_fmt = (
-            "rgb8" if codec == "gif" else "yuv444p" if size[0] % 2 or size[1] % 2 else "yuv420p"
-        )
+        stream.pix_fmt = "yuv444p" if size[0] % 2 or size[1] % 2 else "yuv420p"
         stream.codec_context.thread_count = 1
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)

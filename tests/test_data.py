@@ -79,7 +79,6 @@ OF_SUFFIX = {
     ".3g2": "h263",
     ".webm": "libvpx",
     ".avi": "msmpeg4",
-    ".gif": "gif",
     ".mpg": "mpeg2video",
     ".mpeg": "mpeg1video",
     ".vob": "mpeg2video",
@@ -427,18 +426,6 @@ def test_a_window_is_decoded_from_a_key_frame_near_it(tmp_path, monkeypatch):
                 numbers[0] + start + 3,
             ]
             assert decoded["frames"] <= 36, (name, start)
-
-
-def test_a_gif_whose_frames_cannot_be_told_apart_is_refused_in_a_sentence(tmp_path):
-    pictures = [Image.fromarray(picture(i, 64, 64)) for i in range(6)]
-    for name, mode in (("bare.gif", "1"), ("whole.gif", "L")):
-        first, *others = [each.convert(mode) for each in pictures]
-        first.save(tmp_path / name, save_all=True, append_images=others)
-    assert size_of(tmp_path / "whole.gif")[0] == 6
-    with pytest.raises(
-        Unreadable, match="bare.gif: of its 6 frames only 1 can be told apart; save"
-    ):
-        size_of(tmp_path / "bare.gif")
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm"])
