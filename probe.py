@@ -421,8 +421,10 @@ def probe_clips(encoder, sources, count, seed=0, shots=(LABELS,), about="the enc
         return accuracies(recipe, learn[factor], exam[factor], range(seed, seed + draws),
                           encoder.video.device, k, factor)
 
-    clips = [int((next(iter(split.values())).labels >= 0).sum()) for split in (learn, exam)]
-    found = {"clips": dict(zip(("learn", "test"), clips))}
+    found = {"clips": {}}
+    for name, split in ("learn", learn), ("test", exam):
+        labels = next(iter(split.values())).labels  # of any factor
+        found["clips"][name] = int((labels >= 0).sum())
     for k in shots:
         found[str(k or "all")] = {factor: top1(FEW, factor, DRAWS, k) for factor in sources[0].few}
     found["linear"] = {factor: top1(LINEAR, factor, 1, 0)[0] for factor in sources[0].linear}

@@ -1566,3 +1566,9 @@ def test_a_bug_keeps_its_traceback(error):
         raise error
     with pytest.raises(type(error)):
         main([])
+
+
+def test_findings_are_scripts_that_run():
+    for script in (Path(__file__).parent.parent / "findings").iterdir():
+        assert script.read_text().startswith("#!/usr/bin/env bash\n"), script
+        assert os.access(script, os.X_OK), script
